@@ -74,12 +74,17 @@ def describe(data: Buffer) -> tuple[ChunkRef, bytes]:
     return ChunkRef(name, table_checksum(table), len(data)), table
 
 
+def is_zeros(data: Buffer) -> bool:
+    """Whether every byte is zero."""
+    return len(data) == 0 or (data[0] == 0 and not np.frombuffer(data, np.uint8).any())
+
+
 def covering_blocks(length: int, offset: int, size: int) -> tuple[int, int]:
     """The smallest block-aligned range of a chunk that covers `size` bytes at `offset`.
 
     Returns (start, end) in bytes; `end` is the chunk's end where its last block is short.
     """
-    assert 0 <= offset and 0 < size and offset + size <= length
+    assert offset >= 0 and size > 0 and offset + size <= length
     start = offset - offset % BLOCK_BYTES
     end = min(length, -(-(offset + size) // BLOCK_BYTES) * BLOCK_BYTES)
     return start, end

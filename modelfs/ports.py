@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Protocol
 
 from modelfs.chunk import Buffer, ChunkRef
@@ -180,7 +181,10 @@ class OpenChunk:
 
 
 class ChunkStore(Protocol):
-    """The chunks of one node. Blocking; safe to call from many threads at once."""
+    """The chunks of one node. Blocking; safe to call from many threads at once.
+
+    Every method raises OSError if the disk itself fails.
+    """
 
     def read(self, ref: ChunkRef, offset: int, size: int) -> memoryview:
         """`size` verified bytes from `offset` of a chunk.
@@ -198,12 +202,22 @@ class ChunkStore(Protocol):
         """
         ...
 
+    def adopt(self, path: Path, ref: ChunkRef, table: Buffer, holding: Holding) -> None:
+        """`put` for bytes that are in a file already: no byte is written twice.
+
+        The first `ref.length` bytes of the file, which is on the store's file system, are the
+        chunk's data. The store takes the file away, also where it has the chunk already. After
+        an error the file is still there, and its data too. Raises as `put` does, and
+        `CorruptChunk` if the file is too short.
+        """
+        ...
+
     def sync(self) -> None:
         """Make the names of all chunks put so far survive a crash. Concurrent calls share work."""
         ...
 
     def open(self, chunk: ChunkId) -> OpenChunk:
-        """Open a chunk for sending. Raises `ChunkMissing`, or `CorruptChunk` if not a whole file."""
+        """Open a chunk for sending. Raises `ChunkMissing`; `CorruptChunk` if it is not whole."""
         ...
 
     def has(self, chunks: Sequence[ChunkId], renew: bool) -> list[bool]:
@@ -217,12 +231,17 @@ class ChunkStore(Protocol):
     def verify(self, chunk: ChunkId) -> bool:
         """Read a chunk whole and check it against its own table, checksum and BLAKE3 name.
 
-        False if it is damaged. Raises `ChunkMissing`.
+        False if it is damaged; the store does not have it any more then, so that a good copy can
+        be put in its place. Raises `ChunkMissing`.
         """
         ...
 
-    def delete(self, chunk: ChunkId) -> None:
-        """Remove a chunk, owned or cached. A missing one is no error."""
+    def delete(self, chunk: ChunkId, unless_put_since: float | None = None) -> bool:
+        """Remove a chunk, owned or cached. A missing one is no error.
+
+        False, and nothing is removed, if it is owned and was put, or renewed by `has`, at or
+        after `unless_put_since` (Unix seconds): a live writer has come to rely on it meanwhile.
+        """
         ...
 
     def owned(self) -> Iterator[tuple[ChunkId, float]]:
@@ -241,7 +260,9 @@ class PeerTransport(Protocol):
     """Conversations with the other nodes' chunk stores.
 
     Every call raises `PeerUnavailable` when the peer cannot be reached, or sends nothing for as
-    long as `patience` (seconds) says. A peer that keeps sending is never timed out.
+    long as `patience` (seconds) says. A peer that keeps sending is never timed out. Every call
+    raises `PeerRefused` when the peer answers that it cannot do it, for example since its disk
+    fails.
     """
 
     async def fetch(
@@ -254,15 +275,27 @@ class PeerTransport(Protocol):
         ...
 
     async def put(self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer) -> None:
-        """Store a chunk on a peer, as OWNED. Raises `OutOfSpace` or `PeerRefused` besides."""
+        """Store a chunk on a peer, as OWNED. Raises `OutOfSpace` besides."""
         ...
 
-    async def sync(self, node: NodeId) -> None:
-        """`ChunkStore.sync` on a peer."""
+    async def sync(self, node: NodeId, incarnation: str | None = None) -> None:
+        """`ChunkStore.sync` on a peer.
+
+        With `incarnation`, raises `PeerUnavailable` if the peer is not in that one any more: its
+        machine may have lost the names of chunks put before, so a writer must put them again.
+        """
+        ...
+
+    async def incarnation(self, node: NodeId) -> str:
+        """What a peer's process is called as long as it lives. Ask before the first put."""
         ...
 
     async def has(self, node: NodeId, chunks: Sequence[ChunkId], renew: bool) -> list[bool]:
         """`ChunkStore.has` on a peer, for any number of ids."""
+        ...
+
+    def load(self, node: NodeId) -> float:
+        """How long a request to this peer would take about now, in seconds, to compare peers."""
         ...
 
     async def report_damage(self, node: NodeId, ref: ChunkRef) -> None:

@@ -1,0 +1,170 @@
+"""Chunks across the cluster: where they are, reading one from wherever it is good.
+
+A chunk is looked for here first, then on the nodes that the map of its epoch names (the least
+loaded first), then down the rendezvous order, where hand-offs are, then on nodes that joined
+later. A node that does not answer is passed over within `PEER_SILENCE_SECONDS` and asked last for
+a while; only when nobody else has the chunk is it given `PEER_PATIENCE_SECONDS`.
+
+A copy that fails its checksum is never returned. Its holder is told, and repairs it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from modelfs.chunk import ChunkRef
+from modelfs.errors import (
+    ChunkMissing,
+    ChunkUnavailable,
+    CorruptChunk,
+    PeerRefused,
+    PeerUnavailable,
+)
+from modelfs.ids import NodeId
+from modelfs.limits import PEER_PATIENCE_SECONDS, PEER_SILENCE_SECONDS
+from modelfs.manifest import PlacedChunk
+from modelfs.mirror import Mirror
+from modelfs.placement import PlacementMap
+from modelfs.ports import ChunkStore, PeerTransport
+
+log = logging.getLogger(__name__)
+
+SUSPICION_SECONDS = 5.0  # for how long a node that did not answer is asked last
+LOCAL_READS_MAX = 16  # threads that read the local store at once
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCounters:
+    """Where chunk reads were served from, and what went wrong on the way."""
+
+    local_bytes: int
+    remote_bytes: int
+    failovers: int
+    corrupt: int
+
+
+class Chunks:
+    """Reads chunks. `damaged` is told of local copies that fail, to repair them."""
+
+    def __init__(
+        self,
+        node_id: NodeId,
+        mirror: Mirror,
+        store: ChunkStore,
+        peers: PeerTransport,
+        damaged: Callable[[ChunkRef], None],
+    ) -> None:
+        self.node_id, self.mirror, self.store, self.peers = node_id, mirror, store, peers
+        self._damaged = damaged
+        self._suspected_until: dict[NodeId, float] = {}
+        self._local = trio.CapacityLimiter(LOCAL_READS_MAX)
+        self._local_bytes = self._remote_bytes = self._failovers = self._corrupt = 0
+
+    def statistics(self) -> ChunkCounters:
+        """A snapshot."""
+        return ChunkCounters(self._local_bytes, self._remote_bytes, self._failovers, self._corrupt)
+
+    # ------------------------------------------------------------ who
+
+    def map_of(self, placed: PlacedChunk) -> PlacementMap | None:
+        """The map by which a chunk was placed; the latest if that one is unknown."""
+        return self.mirror.maps.get(placed.epoch) or self.mirror.latest_map
+
+    def is_up(self, node: NodeId) -> bool:
+        """Whether etcd has the node's heartbeat and it answered when last asked."""
+        return node in self.mirror.nodes and not self._is_suspected(node)
+
+    def suspect(self, node: NodeId) -> None:
+        """The node did not answer: ask it last for a while."""
+        self._suspected_until[node] = trio.current_time() + SUSPICION_SECONDS
+
+    def _is_suspected(self, node: NodeId) -> bool:
+        return self._suspected_until.get(node, 0.0) > trio.current_time()
+
+    def sources(self, placed: PlacedChunk, replicas: int) -> list[NodeId]:
+        """The other nodes that may have a chunk, the best to ask first."""
+        placement = self.map_of(placed)
+        order = list(placement.candidates(placed.ref.id, replicas)) if placement else []
+        holders = [node for node in order[:replicas] if node != self.node_id]
+        holders.sort(key=self.peers.load)
+        rest = [node for node in order[replicas:] if node != self.node_id]
+        known = {*order, self.node_id}
+        newer = [node for node in self.mirror.nodes if node not in known]
+        everyone = [*holders, *rest, *newer]
+        return sorted(everyone, key=lambda node: not self.is_up(node))  # stable: the dead last
+
+    # ------------------------------------------------------------ reading
+
+    async def read(self, placed: PlacedChunk, replicas: int, start: int, size: int) -> memoryview:
+        """`size` verified bytes from `start` of a chunk. Raises `ChunkUnavailable`."""
+        try:
+            data = await self._read_here(placed.ref, start, size)
+        except (ChunkMissing, CorruptChunk):
+            data = await self._read_there(placed, replicas, start, size)
+            self._remote_bytes += size
+        else:
+            self._local_bytes += size
+        return data
+
+    async def _read_here(self, ref: ChunkRef, start: int, size: int) -> memoryview:
+        try:
+            return await trio.to_thread.run_sync(
+                self.store.read, ref, start, size, limiter=self._local
+            )
+        except CorruptChunk as error:
+            log.warning("%s; reading another replica and repairing this one", error)
+            self._corrupt += 1
+            self._damaged(ref)
+            raise
+
+    async def _read_there(
+        self, placed: PlacedChunk, replicas: int, start: int, size: int
+    ) -> memoryview:
+        hopeless: dict[NodeId, str] = {}
+        silent: dict[NodeId, str] = {}
+        for patience in (PEER_SILENCE_SECONDS, PEER_PATIENCE_SECONDS):
+            for node in self.sources(placed, replicas):
+                if node in hopeless:
+                    continue
+                try:
+                    data = await self.peers.fetch(node, placed.ref, start, size, patience)
+                except ChunkMissing:
+                    hopeless[node] = "does not have it"
+                except CorruptChunk as error:
+                    hopeless[node] = "has a damaged copy"
+                    await self._report(node, placed.ref, error)
+                except PeerRefused as error:
+                    hopeless[node] = error.reason
+                except PeerUnavailable as error:
+                    silent[node] = str(error.reason)
+                    self.suspect(node)
+                else:
+                    self._suspected_until.pop(node, None)
+                    return data
+                self._failovers += 1
+            if not silent:
+                break
+        reasons = {**silent, **hopeless}
+        told = "; ".join(f"{self.name_of(node)}: {why}" for node, why in reasons.items())
+        raise ChunkUnavailable(placed.ref.id, told or "no other node is known")
+
+    async def _report(self, node: NodeId, ref: ChunkRef, error: CorruptChunk) -> None:
+        log.warning("%s; reading another replica", error)
+        self._corrupt += 1
+        try:
+            await self.peers.report_damage(node, ref)
+        except (PeerUnavailable, PeerRefused) as failure:
+            log.info("%s could not be told of its damaged chunk: %s", node, failure)
+
+    def name_of(self, node: NodeId) -> str:
+        """A node's name, for people."""
+        record = self.mirror.nodes.get(node)
+        if record is not None:
+            return record.name
+        placement = self.mirror.latest_map
+        member = placement.member(node) if placement else None
+        return member.name if member else node

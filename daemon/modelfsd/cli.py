@@ -1,0 +1,274 @@
+"""The `modelfs` command.
+
+Exit codes: 0 done; 1 it failed (the daemon did not come up, the mount is busy); 2 the command or
+the machine's set-up is wrong, and the text says what to do. A user's mistake never shows a
+traceback: `main` is the one place where an error becomes a message and an exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import modelfs
+from modelfs.errors import ModelfsError, UserError
+from modelfsd import launch, logs, preflight, show
+from modelfsd.config import Config, load_config
+from modelfsd.control import call
+from modelfsd.lab import lab_app
+from modelfsd.registry import Entry, Registry
+from modelfsd.sdnotify import Notifier
+from modelfsd.unmounting import unmount_command
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 20.0
+EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="modelfs",
+    help="The disks and NICs of a group of machines as one directory for model files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(lab_app, name="lab")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"modelfs {modelfs.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+) -> None:
+    """The disks and NICs of a group of machines as one directory for model files."""
+
+
+@app.command()
+def mount(
+    mountpoint: Annotated[str, typer.Argument(help="An empty directory.")],
+    state_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where this node keeps its chunks.")
+    ] = None,
+    new_cluster: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Found a cluster of this name.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A node of the cluster; may be repeated."),
+    ] = None,
+    etcd: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Use this etcd, not our own; may be repeated."),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="ADDR[:PORT]", help="Our address for other nodes; port 7420."),
+    ] = None,
+    replicas: Annotated[
+        str | None, typer.Option(metavar="N", help="Copies of each chunk (2).")
+    ] = None,
+    cache_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="For copies of others' chunks: 200GiB.")
+    ] = None,
+    zone: Annotated[
+        str | None, typer.Option(metavar="Z", help="What fails together, for example a rack.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of this node (its host name).")
+    ] = None,
+    foreground: Annotated[
+        bool, typer.Option("--foreground", help="Stay, and log to stderr.")
+    ] = False,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("-o", metavar="OPTIONS", help="allow_other, xattr, ro, noexec, ..."),
+    ] = None,
+) -> None:
+    """Mount the cluster's files on MOUNTPOINT, and be a node of it."""
+    given = {
+        "state_dir": state_dir,
+        "new_cluster": new_cluster,
+        "peers": peer,
+        "etcd": etcd,
+        "listen": listen,
+        "replicas": replicas,
+        "cache_size": cache_size,
+        "zone": zone,
+        "name": name,
+        "options": ",".join(options) if options else None,
+    }
+    if foreground:
+        _run_here(mountpoint, given)
+    else:
+        config = preflight.prepare(load_config(mountpoint, given))
+        _launch(config)
+
+
+def _launch(config: Config) -> None:
+    """Start the daemon in the background, and show what it does meanwhile."""
+    console = show.console(sys.stderr)
+    if not console.is_terminal:
+        text = launch.launch(config, lambda line: print(line, file=sys.stderr), os.environ)
+    else:
+        with console.status("starting modelfs") as spinner:
+            text = launch.launch(config, spinner.update, os.environ)
+    print(f"mounted {config.mountpoint}" + (f": {text}" if text else ""))
+
+
+def _run_here(mountpoint: str, given: dict[str, Any]) -> None:
+    """Be the daemon. The last word goes to whoever waits: the parent's pipe, systemd, the log."""
+    reporter = launch.Reporter.from_environment(os.environ)
+    logs.setup(os.environ)
+    ours = logging.getLogger("modelfsd")
+    try:
+        if reporter.waiting:
+            ours.addHandler(reporter)
+        _run_node(mountpoint, given, reporter)
+    except ModelfsError as error:
+        if reporter.waiting:
+            log.error("%s", error)
+        reporter.error(str(error))
+        raise
+    except Exception as error:
+        log.exception("the daemon failed")
+        reporter.error(f"internal error: {type(error).__name__}: {error}")
+        raise SystemExit(EXIT_FAILURE) from error
+    finally:
+        ours.removeHandler(reporter)
+
+
+def _run_node(mountpoint: str, given: dict[str, Any], reporter: launch.Reporter) -> None:
+    config = preflight.prepare(load_config(mountpoint, given, foreground=True))
+    lock = preflight.lock_state_dir(config)
+    os.chdir("/")
+    registry = Registry()
+    preflight.check(config, registry)
+    # Late: what only talks to a daemon does not load FUSE and gRPC.
+    from modelfsd.node import run_node
+
+    notifier = Notifier.from_environment(os.environ)
+
+    def ready(text: str) -> None:
+        logging.getLogger("modelfsd").removeHandler(reporter)
+        reporter.ready(text)
+        notifier.ready(text)
+
+    entry = registry.register(
+        mountpoint=config.mountpoint,
+        state_dir=config.state_dir,
+        control=config.control_path,
+        name=config.name,
+    )
+    try:
+        run_node(config, ready)
+    finally:
+        notifier.stopping()
+        registry.unregister(entry)
+        os.close(lock)
+
+
+@app.command()
+def umount(mountpoint: Annotated[str, typer.Argument(help="Where modelfs is mounted.")]) -> None:
+    """Stop the node of MOUNTPOINT once nobody uses it, and unmount."""
+    print(unmount_command(mountpoint, Registry()))
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    state_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The node with this state directory.")
+    ] = None,
+    mount: Annotated[
+        str | None, typer.Option(metavar="MOUNTPOINT", help="The node of this mount.")
+    ] = None,
+) -> None:
+    """The cluster, its nodes and its health, as this machine's node sees them."""
+    control = choose_daemon(Registry(), state_dir, mount)
+    answer = call(control, "status", ANSWER_SECONDS)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        show.console().print(show.status_view(answer))
+
+
+def choose_daemon(registry: Registry, state_dir: str | None, mountpoint: str | None) -> Path:
+    """The admin socket of the daemon that is meant. Raises `UserError` that says what to type."""
+    if state_dir and mountpoint:
+        raise UserError("--state-dir and --mount both name a node: give one of them")
+    if mountpoint:
+        found = registry.find_by_path(mountpoint)
+        if found is None:
+            raise UserError(
+                f"no modelfs daemon serves {mountpoint}{_mounted_here(registry.live())}"
+            )
+        return Path(found[0].control)
+    state_dir = state_dir or os.environ.get("MODELFS_STATE_DIR")
+    if state_dir:
+        return Path(state_dir).absolute() / "control.sock"
+    live = registry.live()
+    if not live:
+        raise UserError(
+            "no modelfs daemon of this user runs on this machine: start one with "
+            "modelfs mount MOUNTPOINT (or name its directory with --state-dir)"
+        )
+    if len(live) > 1:
+        raise UserError(
+            f"several modelfs daemons run here:\n{show.daemons_text(live)}\n"
+            f"say which, for example: modelfs status --mount {live[0].mountpoint}"
+        )
+    return Path(live[0].control)
+
+
+def _mounted_here(live: list[Entry]) -> str:
+    return f"; mounted here:\n{show.daemons_text(live)}" if live else ""
+
+
+@app.command()
+def info(
+    path: Annotated[str, typer.Argument(help="A file or directory in a modelfs mount.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """A file's version and chunks, and which node holds which."""
+    registry = Registry()
+    found = registry.find_by_path(path)
+    if found is None:
+        raise UserError(f"{path} is not in a modelfs mount{_mounted_here(registry.live())}")
+    entry, names = found
+    answer = call(entry.control, "info", ANSWER_SECONDS, path=names)
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        show.console().print(show.info_view(answer))
+
+
+def main() -> None:
+    """The entry point of the `modelfs` command."""
+    try:
+        app()
+    except UserError as error:
+        _complain(error)
+        sys.exit(EXIT_USAGE)
+    except ModelfsError as error:
+        _complain(error)
+        sys.exit(EXIT_FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _complain(error: Exception) -> None:
+    print(f"modelfs: {error}", file=sys.stderr)

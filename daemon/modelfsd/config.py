@@ -1,0 +1,344 @@
+"""The node's settings: read once, checked once, frozen.
+
+A setting comes from the first of: the command line, the environment (`MODELFS_REPLICAS=3`), the
+file `/etc/modelfs/modelfs.toml` (another one with `MODELFS_CONFIG`), the default. All three are
+read through the one table `SETTINGS`, so a setting means the same everywhere; its name in the
+file is its key there, and on the command line it has dashes:
+
+    state_dir = "/var/lib/modelfs"    new_cluster = "lab"       listen = "10.0.0.5:7420"
+    peers = ["10.0.0.6"]              replicas = 2              cache_size = "200GiB"
+    etcd = ["http://10.0.0.9:2379"]   zone = "rack-1"           name = "gpu-07"
+    lock_wait = "30s"                 down_out = "10m"          options = ["xattr"]
+
+In the environment a list is separated by commas. Mount options add up over the layers, the later
+one winning. An unknown key in the file is refused; an unknown `MODELFS_*` variable is not, since
+Kubernetes sets such variables on its own for a service that is called modelfs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from modelfs import limits
+from modelfs.errors import UserError
+from modelfsd.addresses import (
+    PORT_DEFAULT,
+    PORT_MAX,
+    HostPort,
+    format_host_port,
+    parse_endpoint,
+    parse_host_port,
+    parse_peer,
+    resolve_listen,
+)
+from modelfsd.units import parse_duration, parse_size
+
+CONFIG_FILE = Path("/etc/modelfs/modelfs.toml")
+CONFIG_FILE_BYTES_MAX = limits.MIB
+CONFIG_VARIABLE = "MODELFS_CONFIG"
+
+REPLICAS_DEFAULT = 2
+REPLICAS_MAX = 16  # a chunk's replicas are contacted all at once
+DOWN_OUT_SECONDS = 600.0  # a reboot takes less, so it moves no data
+LOCK_WAIT_SECONDS_MAX = 3600.0
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What `-o` says."""
+
+    allow_other: bool
+    xattr: bool = False
+    read_only: bool = False
+    no_exec: bool = False
+
+    def fuse_options(self) -> frozenset[str]:
+        """The words for libfuse. The kernel checks permissions itself, always."""
+        words = {"fsname=modelfs", "subtype=modelfs", "default_permissions"}
+        if self.allow_other:
+            words.add("allow_other")
+        if self.read_only:
+            words.add("ro")
+        if self.no_exec:
+            words.add("noexec")
+        return frozenset(words)
+
+
+_OPTION_WORDS: dict[str, dict[str, bool]] = {
+    "allow_other": {"allow_other": True},
+    "noallow_other": {"allow_other": False},
+    "xattr": {"xattr": True},
+    "noxattr": {"xattr": False},
+    "ro": {"read_only": True},
+    "rw": {"read_only": False},
+    "exec": {"no_exec": False},
+    "noexec": {"no_exec": True},
+    "default_permissions": {},  # always on
+    "defaults": {},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that a node is told from outside. Paths are absolute; sizes in bytes."""
+
+    mountpoint: Path
+    state_dir: Path
+    name: str
+    listen: HostPort  # an IP address of this machine and the data port
+    options: MountOptions
+    new_cluster: str | None = None
+    peers: tuple[HostPort, ...] = ()
+    etcd: tuple[str, ...] = ()  # `host:port` of an etcd that is not ours; empty: embedded
+    replicas: int = REPLICAS_DEFAULT
+    cache_size: int | None = None  # None: a share of the free space
+    zone: str = ""
+    lock_wait_seconds: float = limits.LOCK_WAIT_SECONDS
+    down_out_seconds: float = DOWN_OUT_SECONDS
+    foreground: bool = False
+
+    @property
+    def etcd_client_port(self) -> int:
+        """The embedded etcd's port for clients."""
+        return self.listen[1] + 1
+
+    @property
+    def etcd_peer_port(self) -> int:
+        """The embedded etcd's port for the other members."""
+        return self.listen[1] + 2
+
+    @property
+    def control_path(self) -> Path:
+        """The admin socket."""
+        return self.state_dir / "control.sock"
+
+    @property
+    def log_path(self) -> Path:
+        """Where a node in the background logs."""
+        return self.state_dir / "modelfs.log"
+
+    @property
+    def lock_path(self) -> Path:
+        """Locked (flock) by the daemon that uses the state directory."""
+        return self.state_dir / "lock"
+
+    def arguments(self) -> list[str]:
+        """The command line that means exactly this configuration, whatever the directory."""
+        words = ["mount", str(self.mountpoint), "--state-dir", str(self.state_dir)]
+        words += ["--name", self.name, "--listen", format_host_port(self.listen)]
+        words += ["--replicas", str(self.replicas)]
+        if self.new_cluster is not None:
+            words += ["--new-cluster", self.new_cluster]
+        for peer in self.peers:
+            words += ["--peer", format_host_port(peer)]
+        for endpoint in self.etcd:
+            words += ["--etcd", endpoint]
+        if self.cache_size is not None:
+            words += ["--cache-size", str(self.cache_size)]
+        if self.zone:
+            words += ["--zone", self.zone]
+        if self.foreground:
+            words += ["--foreground"]
+        options = [
+            "allow_other" if self.options.allow_other else "noallow_other",
+            "xattr" if self.options.xattr else "noxattr",
+            "ro" if self.options.read_only else "rw",
+            "noexec" if self.options.no_exec else "exec",
+        ]
+        return [*words, "-o", ",".join(options)]
+
+
+# ---------------------------------------------------------------- one setting, from any layer
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float | Path):
+        raise UserError(f"{value!r} is not a text")
+    return str(value)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """A list, or one text with commas."""
+    parts = _text(value).split(",") if isinstance(value, str) else value
+    if not isinstance(parts, Sequence):
+        raise UserError(f"{value!r} is not a list")
+    texts = (_text(part).strip() for part in parts)
+    return tuple(text for text in texts if text)
+
+
+def _word(value: object) -> str:
+    text = _text(value)
+    if not _NAME.fullmatch(text):
+        raise UserError(
+            f"{text!r} is not a name: 1 to 63 letters, digits, dots, dashes and underlines, "
+            "beginning with a letter or a digit"
+        )
+    return text
+
+
+def _replicas(value: object) -> int:
+    text = _text(value)
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= REPLICAS_MAX:
+        raise UserError(f"{text!r} is not a number of replicas: 1 to {REPLICAS_MAX}")
+    return int(text)
+
+
+def _listen(value: object) -> HostPort:
+    host, port = parse_host_port(_text(value))
+    if port > PORT_MAX:
+        raise UserError(f"port {port} is too high: etcd needs the next two, so {PORT_MAX} at most")
+    return host, port
+
+
+def _directory(value: object) -> Path:
+    text = _text(value)
+    if not text or "\0" in text:
+        raise UserError("a directory's name is empty")
+    return Path(os.path.abspath(Path(text).expanduser()))
+
+
+def _lock_wait(value: object) -> float:
+    seconds = parse_duration(_text(value))
+    if seconds > LOCK_WAIT_SECONDS_MAX:
+        raise UserError(f"{value!r} is longer than an hour: a waiting open could not be told apart")
+    return seconds
+
+
+SETTINGS: dict[str, Callable[[object], Any]] = {
+    "state_dir": _directory,
+    "new_cluster": _word,
+    "peers": lambda value: tuple(parse_peer(text) for text in _texts(value)),
+    "etcd": lambda value: tuple(parse_endpoint(text) for text in _texts(value)),
+    "listen": _listen,
+    "replicas": _replicas,
+    "cache_size": lambda value: parse_size(_text(value)),
+    "zone": _word,
+    "name": _word,
+    "options": _texts,
+    "lock_wait": _lock_wait,
+    "down_out": lambda value: parse_duration(_text(value)),
+}
+_FLAGS = {"peers": "--peer", "options": "-o"}
+
+
+def parse_options(words: Sequence[str], start: MountOptions) -> MountOptions:
+    """`start` changed by the words of `-o`, in order. Raises `UserError` for an unknown one."""
+    options = start
+    for word in words:
+        if word not in _OPTION_WORDS:
+            known = ", ".join(sorted(_OPTION_WORDS))
+            raise UserError(f"mount option {word!r} is unknown; the known ones are {known}")
+        options = replace(options, **_OPTION_WORDS[word])
+    return options
+
+
+# ---------------------------------------------------------------- the layers
+
+
+def load_config(
+    mountpoint: str | Path,
+    given: Mapping[str, Any],
+    *,
+    foreground: bool = False,
+    environ: Mapping[str, str] = os.environ,
+    is_root: bool | None = None,
+) -> Config:
+    """The configuration of `modelfs mount MOUNTPOINT`.
+
+    `given` is the command line: keys of SETTINGS; None and () mean "not given". Raises `UserError`
+    that names the setting, where it stood, and what is allowed.
+    """
+    is_root = os.geteuid() == 0 if is_root is None else is_root
+    options = MountOptions(allow_other=is_root)
+    values: dict[str, Any] = {}
+    for label, layer in (
+        _file_layer(environ),
+        _environment_layer(environ),
+        (_flag, {key: value for key, value in given.items() if value not in (None, (), [])}),
+    ):
+        for key, value in layer.items():
+            try:
+                parsed = SETTINGS[key](value)
+                if key == "options":
+                    options = parse_options(parsed, options)
+            except UserError as error:
+                raise UserError(f"{label(key)}: {error}") from error
+            values[key] = parsed
+    values.pop("options", None)
+    host, port = values.pop("listen", ("", PORT_DEFAULT))
+    if "lock_wait" in values:
+        values["lock_wait_seconds"] = values.pop("lock_wait")
+    if "down_out" in values:
+        values["down_out_seconds"] = values.pop("down_out")
+    values.setdefault("state_dir", default_state_dir(environ, is_root))
+    values.setdefault("name", _host_name())
+    return Config(
+        mountpoint=_directory(mountpoint),
+        listen=(resolve_listen(host), port),
+        options=options,
+        foreground=foreground,
+        **values,
+    )
+
+
+def default_state_dir(environ: Mapping[str, str], is_root: bool) -> Path:
+    """Where a node keeps its chunks when nobody says where."""
+    if is_root:
+        return Path("/var/lib/modelfs")
+    base = environ.get("XDG_STATE_HOME", "")
+    if base.startswith("/"):
+        return Path(base) / "modelfs"
+    return Path(environ.get("HOME") or os.path.expanduser("~")) / ".local/state/modelfs"
+
+
+def _host_name() -> str:
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname()).lstrip("._-")[:63]
+    return name or "node"
+
+
+Layer = tuple[Callable[[str], str], Mapping[str, Any]]
+
+
+def _flag(key: str) -> str:
+    return _FLAGS.get(key) or "--" + key.replace("_", "-")
+
+
+def _environment_layer(environ: Mapping[str, str]) -> Layer:
+    names = {key: f"MODELFS_{key.upper()}" for key in SETTINGS}
+    found = {key: environ[name] for key, name in names.items() if environ.get(name)}
+    return names.__getitem__, found
+
+
+def _file_layer(environ: Mapping[str, str]) -> Layer:
+    """The settings file. It must exist only if MODELFS_CONFIG names it."""
+    named = environ.get(CONFIG_VARIABLE)
+    path = Path(named) if named else CONFIG_FILE
+    try:
+        with path.open("rb") as file:
+            content = file.read(CONFIG_FILE_BYTES_MAX + 1)
+    except FileNotFoundError as error:
+        if named:
+            raise UserError(f"{CONFIG_VARIABLE} names {path}, which does not exist") from error
+        return str, {}
+    except OSError as error:
+        raise UserError(f"the settings in {path} cannot be read: {error.strerror}") from error
+    if len(content) > CONFIG_FILE_BYTES_MAX:
+        raise UserError(f"{path} is larger than 1 MiB: this is not a settings file")
+    try:
+        table = tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
+    for key in table:
+        if key not in SETTINGS:
+            known = ", ".join(sorted(SETTINGS))
+            raise UserError(f"{path}: {key!r} is unknown; the known settings are {known}")
+    return lambda key: f"{path}: {key}", table

@@ -1,0 +1,214 @@
+"""The feed: keeps the mirror at etcd's heels, and says how fresh it is.
+
+One task loads the namespace (from the replica file, or whole from etcd), then watches. Every batch
+is applied to the mirror and announced to the listeners in one step, without an await between, so
+whoever looks at the mirror sees what the listeners have been told.
+
+`fresh` is what makes `open` linearizable (G2): it reads `seq`, which every transaction puts, and
+waits until the mirror has reached that revision. All callers that wait at the same time share one
+read; a caller never shares a read that began before it called.
+
+When etcd is out of reach for longer than a request may take (an election included), the feed is
+*detached*: `fresh` then raises at once instead of making every reader wait, until the watch is
+back.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import trio
+
+from modelfs import keys
+from modelfs.errors import HistoryCompacted, MetadataUnavailable
+from modelfs.ids import Revision
+from modelfs.mirror import Change, Mirror
+from modelfs.ports import MetadataStore, WatchBatch
+from modelfsd.replica_file import ReplicaFile
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 0.2  # between attempts to watch: etcd's own reconnect is about as fast
+OPERATIONS_REMEMBERED = 4096  # of our own transactions, to settle the uncertain ones
+FILE_BATCHES_MAX = 1024  # watch batches that wait for the replica file
+WAIT_SECONDS = 10.0  # for a revision that etcd has and the watch has not brought yet
+
+Listener = Callable[[list[Change]], None]
+
+
+class Feed:
+    """Feeds one mirror from one store. `run` is its only task besides the callers."""
+
+    def __init__(self, store: MetadataStore, replica: ReplicaFile, node_id: str) -> None:
+        self.mirror = Mirror()
+        self.is_attached = False
+        self._store, self._replica, self._node_id = store, replica, node_id
+        self._listeners: list[Listener] = []
+        self._waiters: list[tuple[Revision, int, trio.Event]] = []
+        self._waiter_count = 0
+        self._own_operations: OrderedDict[str, Revision] = OrderedDict()
+        self._reading = trio.Lock()
+        self._round: _Round | None = None
+        self._to_file, self._file_batches = trio.open_memory_channel[WatchBatch | None](
+            FILE_BATCHES_MAX
+        )
+        self.resyncs = 0
+
+    def listen(self, listener: Listener) -> None:
+        """Call `listener` with every list of changes, right after they have been applied."""
+        self._listeners.append(listener)
+
+    # ------------------------------------------------------------ starting and running
+
+    async def start(self) -> None:
+        """Load the namespace: from the replica file, else from etcd. Raises if both fail."""
+        revision, rows = await trio.to_thread.run_sync(self._replica.load)
+        if revision:
+            self._announce(self.mirror.reload(revision, rows))
+        else:
+            await self._reload()
+
+    async def run(self) -> None:
+        """Watch for ever."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_file)
+            while True:
+                try:
+                    await self._watch()
+                except HistoryCompacted:
+                    log.info("the watch fell behind etcd's history: loading the namespace anew")
+                    await self._reload_until_done()
+                except MetadataUnavailable as error:
+                    if self.is_attached:
+                        log.warning("the watch of the namespace broke (%s); reconnecting", error)
+                    self.is_attached = False
+                await trio.sleep(RETRY_SECONDS)
+
+    async def _watch(self) -> None:
+        start = Revision(self.mirror.revision + 1)
+        async with self._store.watch(b"", start) as batches:
+            if not self.is_attached:
+                log.info("watching the namespace from revision %d", start)
+            self.is_attached = True
+            async for batch in batches:
+                if batch.events:
+                    self._take(batch)
+                    await self._to_file.send(batch)
+
+    def _take(self, batch: WatchBatch) -> None:
+        for event in batch.events:
+            if event.key == keys.SEQ and event.value is not None:
+                operation = event.value.decode("ascii", "replace")
+                if operation.startswith(self._node_id):
+                    self._own_operations[operation] = event.mod_revision
+        while len(self._own_operations) > OPERATIONS_REMEMBERED:
+            self._own_operations.popitem(last=False)
+        self._announce(self.mirror.apply(batch.events))
+
+    async def _reload_until_done(self) -> None:
+        while True:
+            try:
+                return await self._reload()
+            except MetadataUnavailable:
+                await trio.sleep(RETRY_SECONDS)
+
+    async def _reload(self) -> None:
+        revision, rows = await self._store.load(b"")
+        self.resyncs += 1
+        self._announce(self.mirror.reload(revision, rows))
+        await trio.to_thread.run_sync(self._replica.replace, revision, rows)
+
+    def _announce(self, changes: list[Change]) -> None:
+        if changes:
+            for listener in self._listeners:
+                listener(changes)
+        while self._waiters and self._waiters[0][0] <= self.mirror.revision:
+            heapq.heappop(self._waiters)[2].set()
+
+    async def _keep_file(self) -> None:
+        """Write what has been applied to the replica file, many batches at a time."""
+        async for batch in self._file_batches:
+            waiting = [batch]
+            while len(waiting) < FILE_BATCHES_MAX:
+                try:
+                    waiting.append(self._file_batches.receive_nowait())
+                except trio.WouldBlock:
+                    break
+            await trio.to_thread.run_sync(self._extend_file, waiting)
+
+    def _extend_file(self, batches: list[WatchBatch | None]) -> None:
+        self._replica.extend(batch for batch in batches if batch is not None)
+
+    # ------------------------------------------------------------ freshness
+
+    async def reached(self, revision: Revision) -> None:
+        """Wait until the mirror has applied `revision`. Raises `MetadataUnavailable` after 10 s."""
+        if self.mirror.revision >= revision:
+            return
+        event = trio.Event()
+        self._waiter_count += 1
+        heapq.heappush(self._waiters, (revision, self._waiter_count, event))
+        with trio.move_on_after(WAIT_SECONDS):
+            await event.wait()
+            return
+        raise MetadataUnavailable(f"revision {revision} did not arrive in {WAIT_SECONDS:.0f} s")
+
+    async def fresh(self) -> None:
+        """Wait until the mirror has all that was committed before this call.
+
+        Raises `MetadataUnavailable`; at once while detached.
+        """
+        if not self.is_attached:
+            raise MetadataUnavailable("no connection to etcd")
+        waiting = self._round
+        if waiting is None:
+            waiting = self._round = _Round()
+            await self._read(waiting)
+        else:
+            await waiting.done.wait()
+        if waiting.error is not None:
+            raise MetadataUnavailable(str(waiting.error)) from waiting.error
+        await self.reached(waiting.revision)
+
+    async def _read(self, round_: _Round) -> None:
+        """Carry out a round: callers may join it until its read begins."""
+        try:
+            async with self._reading:
+                self._round = None
+                row = await self._store.get(keys.SEQ)
+                round_.revision = row.mod_revision if row else Revision(0)
+        except MetadataUnavailable as error:
+            round_.error = error
+        except BaseException:
+            round_.error = MetadataUnavailable("the shared read was cancelled")
+            raise
+        finally:
+            if self._round is round_:
+                self._round = None
+            round_.done.set()
+
+    def revision_of(self, operation: str) -> Revision | None:
+        """The revision at which one of our own operations took effect, if the mirror has it."""
+        return self._own_operations.get(operation)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """`start`, then `run` for as long as the body runs."""
+        await self.start()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.run)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+class _Round:
+    """One linearizable read and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.revision = Revision(0)
+        self.error: Exception | None = None

@@ -1,0 +1,213 @@
+"""Open files: what the kernel asks about handles.
+
+`open` is where the promises between nodes are kept (G2, G3): it is made fresh, it sends the kernel
+to look again (`StaleHandle`) when the way that it came may be out of date, and a handle that it
+gives out keeps the version that it opened.
+
+The kernel looks again once. So the OPEN that comes back from there is accepted for reading even if
+a newer version was committed in between: it was the latest when that look began, hence after
+open() began. For writing, the lease is taken *before* the kernel is sent to look again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from modelfs.access import AccessPattern
+from modelfs.changes import AttributeChange, Claim
+from modelfs.errors import ModelfsError, StaleHandle
+from modelfs.ids import KernelId
+from modelfsd.contents import Contents
+from modelfsd.kernel_cache import KernelCache
+from modelfsd.kernel_inodes import KernelInode
+from modelfsd.namespace import Namespace
+from modelfsd.tree import Caller, NewInode, Tree
+from modelfsd.writer import Writer, WriteSession
+
+log = logging.getLogger(__name__)
+
+SENT_BACK_MAX = 4096  # callers that were told to look again and have not come back yet
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """An open file. `session` is set if it may be written."""
+
+    inode: KernelInode
+    session: WriteSession | None
+
+
+class Files:
+    """The open files of this mount."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        cache: KernelCache,
+        tree: Tree,
+        contents: Contents,
+        writer: Writer,
+        run_in_background: Callable[..., None],
+    ) -> None:
+        self._namespace, self._cache, self._tree = namespace, cache, tree
+        self._contents, self._writer, self._start = contents, writer, run_in_background
+        self._handles: dict[int, Handle] = {}
+        self._last_handle = 0
+        # pid -> the kernel inode that it was shown since it was sent to look again
+        self._sent_back: OrderedDict[int, KernelId | None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    # ------------------------------------------------------------ opening
+
+    async def open(self, inode: KernelInode, flags: int, caller: Caller) -> int:
+        """Open a file; returns the number of its handle. Raises `StaleHandle` to look again."""
+        must_look_again = self._cache.must_look_again(inode)
+        await self._namespace.fresh()
+        must_look_again = must_look_again or self._cache.must_look_again(inode)
+        has_looked_again = self._sent_back.pop(caller.pid, None) == inode.id
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if not writable:
+            if must_look_again and not has_looked_again:
+                self._send_back(caller)
+            return self._new_handle(inode, None)
+        return await self._open_for_writing(
+            inode, flags, caller, must_look_again and not has_looked_again
+        )
+
+    async def _open_for_writing(
+        self, inode: KernelInode, flags: int, caller: Caller, must_look_again: bool
+    ) -> int:
+        session = self._writer.session_of(inode)
+        try:
+            if inode.record.size or session.copy.size or must_look_again:
+                await session.ensure_lease()
+            if must_look_again:
+                raise StaleHandle(inode.id)
+            if flags & os.O_TRUNC:
+                await session.truncate(0)
+        except BaseException as error:
+            await session.release()
+            if isinstance(error, StaleHandle):
+                self._send_back(caller)
+            raise
+        return self._new_handle(inode, session)
+
+    def _send_back(self, caller: Caller) -> None:
+        self._sent_back[caller.pid] = None
+        while len(self._sent_back) > SENT_BACK_MAX:
+            self._sent_back.popitem(last=False)
+        raise StaleHandle(caller.pid)
+
+    def note_lookup(self, caller: Caller, inode: KernelInode) -> None:
+        """A lookup was answered: remember it for a caller that was sent to look again."""
+        if caller.pid in self._sent_back:
+            self._sent_back[caller.pid] = inode.id
+
+    def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
+        self._last_handle += 1
+        self._handles[self._last_handle] = Handle(inode, session)
+        inode.handles += 1
+        return self._last_handle
+
+    async def create(
+        self, parent: KernelInode, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[int, KernelInode]:
+        """Create and open in one step. Raises `EntryExists`."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        claim = None
+        if writable:
+            claim = Claim(self._namespace.node_id, self._writer.leases.etcd_lease)
+        inode = await self._tree.create(parent, name, NewInode(mode), caller, claim)
+        session = None
+        if writable:
+            session = self._writer.session_of(inode)
+            session.adopt_lease()
+        return self._new_handle(inode, session), inode
+
+    # ------------------------------------------------------------ using
+
+    def inode_of(self, number: int) -> KernelInode:
+        """The inode of a handle."""
+        return self._handles[number].inode
+
+    async def read(self, number: int, offset: int, size: int) -> bytes | memoryview:
+        """Up to `size` bytes; short only at the end of the file."""
+        inode = self._handles[number].inode
+        if inode.session is not None and inode.session.copy.is_dirty:
+            return await inode.session.read(offset, size)
+        record = inode.record
+        if record.manifest is None:
+            return await self._contents.read(record, offset, size)
+        if inode.access is None:
+            inode.access = AccessPattern(self._contents.window_bytes_max)
+        ahead = inode.access.observe(offset, size)
+        if ahead is not None:
+            self._contents.read_ahead(record, offset + size, ahead)
+        return await self._contents.read(record, offset, size, whole_chunks=ahead is not None)
+
+    async def write(self, number: int, offset: int, data: bytes) -> int:
+        """Take bytes; returns how many."""
+        session = self._handles[number].session
+        assert session is not None, "the kernel refuses writes to read-only handles"
+        await session.write(offset, data)
+        return len(data)
+
+    async def flush(self, number: int) -> None:
+        """close() of a descriptor, or fsync(): commit what was written through this file."""
+        session = self._handles[number].session
+        if session is not None:
+            await session.flush()
+
+    async def release(self, number: int) -> None:
+        """The last descriptor of a handle is gone."""
+        handle = self._handles.pop(number)
+        if handle.session is not None:
+            await handle.session.release()
+        self._cache.inodes.close(handle.inode)
+
+    # ------------------------------------------------------------ attributes of files
+
+    async def truncate(
+        self, inode: KernelInode, size: int, mtime_ns: int | None, number: int | None
+    ) -> None:
+        """ftruncate() on a handle, or truncate() by path: then committed at once."""
+        session = self._handles[number].session if number is not None else None
+        if session is not None:
+            await session.truncate(size)
+            session.copy.mtime_ns = mtime_ns
+            return
+        await self._namespace.fresh()
+        session = self._writer.session_of(inode)
+        try:
+            await session.ensure_lease()
+            await session.truncate(size)
+            session.copy.mtime_ns = mtime_ns
+            await session.flush()
+        finally:
+            await session.release()
+
+    async def set_attributes(self, inode: KernelInode, change: AttributeChange) -> None:
+        """As `Tree.set_attributes`, but the mtime of uncommitted writes waits for their commit."""
+        session = inode.session
+        if session is not None and session.copy.is_dirty and change.mtime_ns is not None:
+            session.copy.mtime_ns = change.mtime_ns
+            change = AttributeChange(change.permissions, change.uid, change.gid, change.atime_ns)
+        if not inode.is_current and not inode.handles:
+            raise StaleHandle(inode.id)
+        if self._namespace.mirror.inode(inode.ino) is None:
+            return  # unlinked: nobody can see its attributes but through open handles
+        await self._tree.set_attributes(inode, change)
+
+    async def close_all(self) -> None:
+        """The mount is gone: commit what is left, and let go of every lease."""
+        for number in list(self._handles):
+            try:
+                await self.release(number)
+            except (ModelfsError, OSError) as error:
+                log.error("at unmount: %s", error)

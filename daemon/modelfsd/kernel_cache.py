@@ -1,0 +1,102 @@
+"""Keeps the kernel's caches true to the mirror.
+
+The feed announces what changed; this decides what the kernel must forget. Changes that this node's
+own kernel asked for need nothing: it made them itself. The division of labour with OPEN: a file
+that has a newer view is caught because its kernel inode is no longer current; a name that means
+something else by now is caught by the guard.
+"""
+
+from __future__ import annotations
+
+from modelfs.ids import ROOT_INODE, InodeNumber
+from modelfs.inode import Inode
+from modelfs.mirror import Change, DirectoryTouched, InodeChanged, Mirror, NameChanged
+from modelfsd.kernel_inodes import KernelInode, KernelInodes
+from modelfsd.namespace import Namespace
+from modelfsd.notifier import NameGuard, Notifier
+
+
+class KernelCache:
+    """The listener between the feed and the kernel."""
+
+    def __init__(self, inodes: KernelInodes, namespace: Namespace, notifier: Notifier) -> None:
+        self.inodes = inodes
+        self.guard = NameGuard()
+        self._mirror: Mirror = namespace.mirror
+        self._namespace, self._notifier = namespace, notifier
+
+    def on_changes(self, changes: list[Change]) -> None:
+        """Take what the feed announces."""
+        for change in changes:
+            match change:
+                case NameChanged():
+                    self._on_name(change)
+                case InodeChanged():
+                    self._on_inode(change)
+                case DirectoryTouched():
+                    self._on_directory(change)
+                case _:
+                    pass
+
+    def _on_name(self, change: NameChanged) -> None:
+        # A new name needs nothing: the kernel never caches that a name is missing.
+        if change.old is None or self._namespace.is_own(change.origin):
+            return
+        self._forget_name(change.parent, change.name, change.old)
+
+    def _on_inode(self, change: InodeChanged) -> None:
+        inode = self.inodes.current(change.ino)
+        if inode is None:
+            return
+        if change.new is None:
+            self.inodes.retire(inode)
+        elif self._namespace.is_own(change.origin):
+            inode.record = change.new
+        elif change.new.is_file and self._is_new_view(inode, change.new):
+            self.retire(inode)
+        else:
+            inode.record = change.new
+            self._notifier.forget_attributes(inode.id)
+
+    @staticmethod
+    def _is_new_view(inode: KernelInode, record: Inode) -> bool:
+        if inode.session is not None and inode.session.has_lease:
+            # Nobody else can have written; another node's utimens yields to our own writes.
+            return record.version != inode.record.version
+        return record.view != inode.record.view
+
+    def retire(self, inode: KernelInode) -> None:
+        """Make lookups of this file's names give another kernel inode."""
+        for parent, name in self._mirror.names.get(inode.ino, ()):
+            self._forget_name(parent, name, inode.ino)
+        self.inodes.retire(inode)
+
+    def _on_directory(self, change: DirectoryTouched) -> None:
+        inode = self.inodes.current(change.ino)
+        if inode is not None and not self._namespace.is_own(change.origin):
+            self._notifier.forget_attributes(inode.id)
+
+    def _forget_name(self, parent: InodeNumber, name: bytes, old: InodeNumber) -> None:
+        directory = self.inodes.current(parent)
+        if directory is None:
+            return  # the kernel does not know the directory, hence no name in it
+        self.guard.raise_for(old)
+        self._notifier.forget_name(directory.id, name, lambda: self.guard.lower_for(old))
+
+    def must_look_again(self, inode: KernelInode) -> bool:
+        """Whether an OPEN may have come here along a name that means something else by now."""
+        if not inode.is_current:
+            return True
+        if not self.guard.is_raised():
+            return False
+        seen: set[InodeNumber] = set()
+        above = [inode.ino]
+        while above:
+            ino = above.pop()
+            if ino in seen or ino == ROOT_INODE:
+                continue
+            if self.guard.covers(ino):
+                return True
+            seen.add(ino)
+            above.extend(parent for parent, _ in self._mirror.names.get(ino, ()))
+        return False

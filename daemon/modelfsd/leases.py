@@ -1,0 +1,138 @@
+"""The right to write a file: one node at a time (G5).
+
+A lease is a key in etcd bound to this node's etcd lease, so it lapses with the node. Its create
+revision is the fencing token, which every commit compares. Whoever holds a lease learns of its
+loss from the mirror, at the same moment as the rest of the cluster.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from modelfs import changes
+from modelfs.errors import EntryExists, MetadataUnavailable, MetadataUncertain, WriterElsewhere
+from modelfs.ids import InodeNumber, Revision
+from modelfs.mirror import Change, LeaseChanged
+from modelfsd.namespace import Namespace
+
+log = logging.getLogger(__name__)
+
+RESERVED_SECONDS = 2.0  # for the kernel to come back with the OPEN that it was sent away with
+WAITERS_MAX = 64  # opens that wait for other nodes; far below the requests FUSE has in hand
+
+Loser = Callable[[str], None]
+
+
+class Leases:
+    """The leases of this node. `etcd_lease` is the id of the node's own lease in etcd."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        wait_seconds: float,
+        run_in_background: Callable[..., None],
+    ) -> None:
+        self.etcd_lease = 0
+        self._start = run_in_background
+        self._reserved: dict[InodeNumber, Revision] = {}
+        self._namespace, self._wait_seconds = namespace, wait_seconds
+        self._holders: dict[InodeNumber, tuple[Revision, Loser]] = {}
+        self._waiting: dict[InodeNumber, trio.Event] = {}
+        self._waiter_count = 0
+
+    def on_changes(self, announced: list[Change]) -> None:
+        """Take what the feed announces."""
+        for change in announced:
+            if not isinstance(change, LeaseChanged):
+                continue
+            waiting = self._waiting.pop(change.ino, None)
+            if waiting is not None:
+                waiting.set()
+            held = self._holders.get(change.ino)
+            now = self._namespace.mirror.lease(change.ino)
+            if held is not None and (now is None or now[1] != held[0]):
+                del self._holders[change.ino]
+                held[1]("its lease has lapsed")
+
+    async def take(self, ino: InodeNumber, on_loss: Loser) -> Revision:
+        """Become the writer of a file; returns the fencing token.
+
+        Waits for another writer as long as `lock_wait` says, then raises `WriterElsewhere`.
+        """
+        token = self._reserved.pop(ino, None)
+        if token is not None and self._is_held(ino, token):
+            return self.hold(ino, on_loss)
+        with trio.move_on_after(self._wait_seconds):
+            while True:
+                try:
+                    await self._namespace.change(
+                        lambda mirror: changes.take_lease(
+                            mirror, ino, self._namespace.node_id, self.etcd_lease
+                        )
+                    )
+                except EntryExists:
+                    await self._wait_for_release(ino)
+                else:
+                    return self.hold(ino, on_loss)
+        held = self._namespace.mirror.lease(ino)
+        path = self._namespace.mirror.path_of(ino)
+        log.info("/%s is being written by node %s", path.decode(errors="replace"), held and held[0])
+        raise WriterElsewhere(ino)
+
+    def hold(self, ino: InodeNumber, on_loss: Loser) -> Revision:
+        """Watch over a lease that the mirror shows as just taken by us."""
+        lease = self._namespace.mirror.lease(ino)
+        assert lease is not None and lease[0] == self._namespace.node_id
+        self._holders[ino] = (lease[1], on_loss)
+        return lease[1]
+
+    def _is_held(self, ino: InodeNumber, token: Revision) -> bool:
+        held = self._namespace.mirror.lease(ino)
+        return held is not None and held[1] == token
+
+    def reserve(self, ino: InodeNumber, token: Revision) -> None:
+        """Keep a lease for the OPEN that the kernel will send next, of a newer kernel inode.
+
+        Without this, writers on other nodes could slip in between for ever, and the kernel looks
+        again only once before it gives up.
+        """
+        self._holders.pop(ino, None)
+        self._reserved[ino] = token
+        self._start(self._end_reservation, ino, token)
+
+    async def _end_reservation(self, ino: InodeNumber, token: Revision) -> None:
+        await trio.sleep(RESERVED_SECONDS)
+        if self._reserved.get(ino) == token:
+            del self._reserved[ino]
+            await self.drop(ino, token)
+
+    async def _wait_for_release(self, ino: InodeNumber) -> None:
+        if self._waiter_count >= WAITERS_MAX:
+            raise WriterElsewhere(ino)
+        if self._namespace.mirror.lease(ino) is None:
+            return  # released while we asked
+        self._waiter_count += 1
+        try:
+            await self._waiting.setdefault(ino, trio.Event()).wait()
+        finally:
+            self._waiter_count -= 1
+
+    async def drop(self, ino: InodeNumber, token: Revision) -> None:
+        """Give a lease back. If etcd cannot be reached it lapses with the node's."""
+        self._holders.pop(ino, None)
+        held = self._namespace.mirror.lease(ino)
+        if held is None or held[1] != token:
+            return
+        try:
+            await self._namespace.change(lambda mirror: changes.drop_lease(mirror, ino, token))
+        except (MetadataUnavailable, MetadataUncertain) as error:
+            log.warning("the lease of inode %d could not be given back: %s", ino, error)
+
+    def lose_all(self, reason: str) -> None:
+        """The node's own lease in etcd is gone, and every file's with it."""
+        holders, self._holders = self._holders, {}
+        for _, on_loss in holders.values():
+            on_loss(reason)

@@ -1,0 +1,94 @@
+"""The mount itself: libfuse's session, and the kernel settings that libfuse cannot make.
+
+After mounting, as root, the connection is allowed 64 requests at a time (12 by default, which makes
+40 parallel readers three times slower) and reads ahead in requests of 1 MiB (128 KiB by default).
+Without root both stay as they are; the daemon says so once, and works.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from modelfs.errors import UserError
+from modelfsd import mounts
+from modelfsd.config import Config
+from modelfsd.notifier import Notifier
+from modelfsd.operations import Operations
+
+log = logging.getLogger(__name__)
+
+READ_AHEAD_KIB = 4096  # four requests of 1 MiB under way for one sequential reader
+BACKGROUND_REQUESTS_MAX = 64
+CONGESTION_THRESHOLD = 48  # three quarters, as the kernel's own default
+TASKS_MAX = 512  # requests in hand at once; waiters for leases must never use them up
+FUSECTL = Path("/sys/fs/fuse/connections")
+
+
+class FuseMount:
+    """One mounted session. `open`, then `serve` until somebody unmounts, then `close`."""
+
+    def __init__(self, config: Config, operations: Operations, notifier: Notifier) -> None:
+        self._mountpoint = config.mountpoint
+        self._options = set(config.options.fuse_options())
+        self._operations, self._notifier = operations, notifier
+        self.is_unmounted = False
+
+    def open(self) -> None:
+        """Mount. Raises `UserError`."""
+        try:
+            pyfuse3.init(self._operations, str(self._mountpoint), self._options)
+        except RuntimeError as error:
+            raise UserError(
+                f"the kernel refused to mount at {self._mountpoint} ({error}): see the lines "
+                "above, and `dmesg`"
+            ) from error
+        self._notifier.start()
+
+    async def serve(self) -> None:
+        """Answer the kernel until the file system is unmounted."""
+        await pyfuse3.main(max_tasks=TASKS_MAX)
+        self.is_unmounted = True
+
+    def close(self) -> None:
+        """End the session, and unmount if nobody has."""
+        self._notifier.stop()
+        pyfuse3.close(unmount=not self.is_unmounted)
+
+    async def unmount(self) -> None:
+        """Unmount, if nobody uses it. Raises `mounts.MountBusy` with nothing changed."""
+        await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+
+    async def detach(self) -> None:
+        """Take the mount away from under its users. For a stop that must not wait."""
+        await trio.to_thread.run_sync(mounts.detach, self._mountpoint)
+
+    async def tune(self) -> list[str]:
+        """Set what libfuse cannot. Returns what could not be set, for people."""
+        return await trio.to_thread.run_sync(self._tune)
+
+    def _tune(self) -> list[str]:
+        mount = mounts.mount_at(self._mountpoint)
+        if mount is None:
+            return ["the mount is not in the mount table"]
+        connection = FUSECTL / mount.device.split(":")[1]
+        if not connection.exists() and os.geteuid() == 0:
+            command = ["mount", "-t", "fusectl", "none", str(FUSECTL)]
+            subprocess.run(command, check=False, capture_output=True, timeout=10)
+        settings = {
+            Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb"): READ_AHEAD_KIB,
+            connection / "max_background": BACKGROUND_REQUESTS_MAX,
+            connection / "congestion_threshold": CONGESTION_THRESHOLD,
+        }
+        failures = []
+        for path, value in settings.items():
+            try:
+                path.write_text(f"{value}\n")
+            except OSError as error:
+                failures.append(f"{path.name}: {error.strerror}")
+        return failures

@@ -1,0 +1,142 @@
+"""The namespace: carries out the plans of `modelfs.changes` against etcd.
+
+A plan is made from the mirror, committed, and made anew if somebody else was faster. Two rules
+make the answers exact though the mirror lags by milliseconds:
+
+- A refusal (`NamespaceError`) counts only if it still holds after `Feed.fresh`.
+- A change returns only when the mirror has applied it: every node reads its own writes.
+
+Every transaction also puts `seq`, with an *operation id* that is used once. When etcd did not
+answer (`MetadataUncertain`), the same transaction is sent again: if it now fails its comparisons,
+the operation id tells whether that is because it had gone through the first time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from modelfs import keys
+from modelfs.changes import Plan
+from modelfs.errors import MetadataUnavailable, MetadataUncertain, NamespaceError, NoSuchEntry
+from modelfs.ids import InodeNumber, NodeId, Revision
+from modelfs.inode import Inode
+from modelfs.limits import INODE_BITS, INODE_BLOCK
+from modelfs.mirror import Mirror
+from modelfs.ports import Compare, MetadataStore, Put, Target, Txn
+from modelfsd.feed import Feed
+
+log = logging.getLogger(__name__)
+
+CONFLICTS_MAX = 100  # attempts at one change; each failure means that somebody else succeeded
+SETTLE_SECONDS = 15.0  # to find out what became of an unanswered transaction
+
+Result = TypeVar("Result")
+
+
+class Namespace:
+    """Changes of the namespace by this node, and fresh looks at it."""
+
+    def __init__(self, store: MetadataStore, feed: Feed, node_id: NodeId) -> None:
+        self.mirror: Mirror = feed.mirror
+        self.node_id = node_id
+        self.transactions = 0
+        self._store, self._feed = store, feed
+        # The clock makes operation ids differ from those of an earlier run of this node.
+        self._run = f"{node_id}:{time.time_ns():x}"
+        self._operations = itertools.count(1)
+        self._free_inodes = iter(range(0))
+        self._taking_inodes = trio.Lock()
+
+    def is_own(self, origin: str) -> bool:
+        """Whether a change in the mirror was made through this very process."""
+        return origin.startswith(self._run)
+
+    async def fresh(self) -> bool:
+        """`Feed.fresh`, or False if etcd is out of reach: then the last known state is served."""
+        try:
+            await self._feed.fresh()
+        except MetadataUnavailable:
+            return False
+        return True
+
+    async def change(self, make_plan: Callable[[Mirror], Plan[Result]]) -> Result:
+        """Make a plan, commit it, and wait until the mirror has it.
+
+        Raises what the plan raises, `MetadataUnavailable` if it surely did not happen, and
+        `MetadataUncertain` if that could not be found out.
+        """
+        for _ in range(CONFLICTS_MAX):
+            try:
+                plan = make_plan(self.mirror)
+            except NamespaceError:
+                await self._feed.fresh()
+                plan = make_plan(self.mirror)
+            if not plan.txn.ops:
+                return plan.result
+            revision = await self._commit(plan.txn)
+            if revision is not None:
+                await self._feed.reached(revision)
+                return plan.result
+            await self._feed.fresh()
+        raise MetadataUnavailable(f"{CONFLICTS_MAX} attempts at one change met a conflict")
+
+    async def _commit(self, txn: Txn) -> Revision | None:
+        """The revision of the commit, or None if a comparison failed."""
+        operation = f"{self._run}:{next(self._operations):x}"
+        txn = Txn(txn.compares, (*txn.ops, Put(keys.SEQ, operation.encode("ascii"))))
+        self.transactions += 1
+        deadline = trio.current_time() + SETTLE_SECONDS
+        uncertain: MetadataUncertain | None = None
+        while True:
+            try:
+                result = await self._store.commit(txn)
+            except MetadataUncertain as error:
+                uncertain = error
+            except MetadataUnavailable:
+                if uncertain is None:
+                    raise
+            else:
+                if result.succeeded:
+                    return result.revision
+                if uncertain is None:
+                    return None
+                await self._feed.fresh()
+                return self._feed.revision_of(operation)
+            if trio.current_time() >= deadline:
+                assert uncertain is not None
+                log.error("etcd did not say whether a change took effect: %s", uncertain)
+                raise uncertain
+
+    async def new_inode_number(self) -> InodeNumber:
+        """A number that no inode ever had. Taken from etcd in blocks of 65,536."""
+        number = next(self._free_inodes, None)
+        if number is None:
+            async with self._taking_inodes:
+                number = next(self._free_inodes, None)
+                if number is None:
+                    block: range = await self.change(self._take_block)
+                    self._free_inodes = iter(block)
+                    number = next(self._free_inodes)
+        return InodeNumber(number)
+
+    @staticmethod
+    def _take_block(mirror: Mirror) -> Plan[range]:
+        row = mirror.other(keys.INODES)
+        block = int(row.value) + 1 if row else 1
+        assert (block + 1) * INODE_BLOCK <= 1 << INODE_BITS, "16 million starts of daemons"
+        guard = Compare(keys.INODES, Target.MOD, row.mod_revision if row else Revision(0))
+        txn = Txn((guard,), (Put(keys.INODES, b"%d" % block),))
+        return Plan(txn, range(block * INODE_BLOCK, (block + 1) * INODE_BLOCK))
+
+    def require(self, ino: InodeNumber) -> Inode:
+        """The record of an inode. Raises `NoSuchEntry`."""
+        record = self.mirror.inode(ino)
+        if record is None:
+            raise NoSuchEntry(ino)
+        return record

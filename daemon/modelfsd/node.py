@@ -1,0 +1,342 @@
+"""The composition root: builds every part of a node, starts them in order, and stops them.
+
+Nothing else knows everybody. The parts, from the outside in:
+
+    kernel → operations → tree, files → namespace, writer, contents → chunks, replicator
+                                          ↓                             ↓
+                                        etcd (store, feed)        disk and peers
+
+Start: enter the cluster, load the namespace, serve peers, register, mount, say ready. Stop, in
+reverse: unmount (which brings every dirty page), commit what is left, withdraw, stop etcd.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from modelfs.errors import MetadataUnavailable, ModelfsError, UserError
+from modelfs.ids import ROOT_INODE
+from modelfs.limits import MIB
+from modelfs.mirror import Change, NodeChanged
+from modelfsd import identity as identities
+from modelfsd.bootstrap import Bootstrap, Entered, info_for_strangers
+from modelfsd.chunks import Chunks
+from modelfsd.config import Config
+from modelfsd.contents import Contents
+from modelfsd.control import ControlServer
+from modelfsd.discovery import Announcement, Discovery
+from modelfsd.disk import DiskChunkStore
+from modelfsd.feed import Feed
+from modelfsd.files import Files
+from modelfsd.kernel_cache import KernelCache
+from modelfsd.kernel_inodes import KernelInodes
+from modelfsd.leases import Leases
+from modelfsd.membership import Membership, Self
+from modelfsd.mount import FuseMount
+from modelfsd.mounts import MountBusy
+from modelfsd.namespace import Namespace
+from modelfsd.notifier import Notifier
+from modelfsd.operations import Operations
+from modelfsd.peer_client import PeerClient
+from modelfsd.peer_server import PeerServer
+from modelfsd.repairer import Repairer
+from modelfsd.replica_file import ReplicaFile
+from modelfsd.replicator import Replicator
+from modelfsd.status import Status
+from modelfsd.tree import Tree
+from modelfsd.writer import Writer
+
+log = logging.getLogger(__name__)
+
+READ_MEMORY_BYTES = 256 * MIB  # chunk buffers of readers; with UPLOAD_BYTES the bulk of our memory
+READ_MEMORY_SHARE = 16  # ... but no more than this part of the machine's memory
+CACHE_SHARE = 10  # of the free space, where --cache-size is not given
+STOP_SECONDS = 60.0  # for the last commits at a stop
+
+Ready = Callable[[str], None]
+
+
+def run_node(config: Config, ready: Ready) -> None:
+    """Be a node until it is unmounted or told to stop. Blocks.
+
+    Calls `ready` with a line for the user once the mount answers. Raises `UserError` if the start
+    fails for a reason that the user can mend.
+    """
+    failure = trio.run(_guarded, config, ready, strict_exception_groups=True)
+    if failure is not None:
+        raise failure
+
+
+async def _guarded(config: Config, ready: Ready) -> ModelfsError | None:
+    """Run the node; the error that ended it, out of whatever groups nurseries wrapped it in."""
+    failures: list[ModelfsError] = []
+    try:
+        await _run(config, ready)
+    except* ModelfsError as group:
+        failures.append(_first(group))
+    return failures[0] if failures else None
+
+
+def _first(group: BaseExceptionGroup[ModelfsError]) -> ModelfsError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _run(config: Config, ready: Ready) -> None:
+    async with Discovery(config.listen[0]) as discovery:
+        stranger = PeerClient(identities.NO_CLUSTER, identities.load(config.state_dir).node, "")
+        try:
+            bootstrap = Bootstrap(config, discovery, stranger.fetch_info)
+            entered = await bootstrap.enter()
+        finally:
+            stranger.close()
+        try:
+            async with entered.store, trio.open_nursery() as nursery:
+                if entered.member is not None:
+                    nursery.start_soon(entered.member.run)
+                node = Node(config, entered, discovery, nursery)
+                try:
+                    await node.run(ready)
+                finally:
+                    nursery.cancel_scope.cancel()
+        finally:
+            if entered.member is not None:
+                await entered.member.stop()
+            log.info("stopped")
+
+
+class Node:
+    """A node in its cluster, from registration to withdrawal."""
+
+    def __init__(
+        self, config: Config, entered: Entered, discovery: Discovery, nursery: trio.Nursery
+    ) -> None:
+        self._config, self._identity = config, entered.identity
+        self._store, self._member, self._discovery = entered.store, entered.member, discovery
+        self._nursery = nursery
+        self._warnings: list[str] = []
+
+    async def run(self, ready: Ready) -> None:
+        """Start everything, serve until unmounted, stop everything."""
+        config, identity = self._config, self._identity
+        start_soon = self._nursery.start_soon
+        replica = ReplicaFile(config.state_dir / "namespace.sqlite", identity.cluster)
+        feed = Feed(self._store, replica, identity.node)
+        namespace = Namespace(self._store, feed, identity.node)
+        await _load_namespace(feed)
+        root = namespace.require(ROOT_INODE)
+
+        disk = await trio.to_thread.run_sync(
+            DiskChunkStore, config.state_dir / "chunks", _cache_bytes(config)
+        )
+        repairer = Repairer()
+        self._peers = PeerClient(identity.cluster, identity.node, config.name)
+        chunks = Chunks(identity.node, feed.mirror, disk, self._peers, repairer.report)
+        replicator = Replicator(chunks)
+        contents = Contents(chunks, _read_memory_bytes(), start_soon)
+
+        notifier = Notifier()
+        inodes = KernelInodes(root)
+        cache = KernelCache(inodes, namespace, notifier)
+        leases = Leases(namespace, config.lock_wait_seconds, start_soon)
+        writer = Writer(
+            namespace, leases, contents, replicator, cache, config.state_dir, start_soon
+        )
+        if kept := writer.keep_leftovers():
+            log.warning("%d files that were not committed are kept in %s", kept, writer.lost_dir)
+        tree = Tree(namespace, cache, config.replicas)
+        files = Files(namespace, cache, tree, contents, writer, start_soon)
+        myself = Self(
+            identity.node,
+            config.name,
+            *config.listen,
+            config.zone,
+            self._member.client_endpoint if self._member else "",
+        )
+        membership = Membership(myself, self._store, namespace, leases, self._peers, disk.usage)
+        for listener in (cache.on_changes, leases.on_changes, membership.on_changes):
+            feed.listen(listener)
+        feed.listen(self._on_changes)
+        membership.on_changes([NodeChanged(n, r) for n, r in feed.mirror.nodes.items()])
+        operations = Operations(feed.mirror, inodes, tree, files, _Space(config, feed))
+        self._mount = FuseMount(config, operations, notifier)
+        self._status = Status(
+            config,
+            identity,
+            feed.mirror,
+            self._store,
+            chunks,
+            contents,
+            lambda: feed.is_attached,
+            lambda: self._warnings,
+            os.getpid(),
+        )
+        server = PeerServer(
+            disk,
+            identity.cluster,
+            identity.node,
+            config.name,
+            lambda: info_for_strangers(identity, self._store.endpoints),
+            repairer.report_from_thread,
+        )
+        server.start(*config.listen)
+        try:
+            start_soon(feed.run)
+            start_soon(repairer.run, chunks)
+            await self._register(membership)
+            await self._serve(ready, files, writer)
+            await membership.leave()
+        finally:
+            server.stop()
+            self._peers.close()
+            replica.close()
+
+    def _on_changes(self, changes: list[Change]) -> None:
+        """Learn of other nodes' etcd, to find the cluster again after a restart."""
+        known = list(self._store.endpoints)
+        for change in changes:
+            if isinstance(change, NodeChanged) and change.record and not self._config.etcd:
+                endpoint = change.record.etcd_endpoint
+                if endpoint and endpoint not in known:
+                    known.append(endpoint)
+        if known != list(self._store.endpoints):
+            self._store.set_endpoints(known)
+            identity = self._identity
+            self._identity = identity.in_cluster(
+                identity.cluster, identity.cluster_name, tuple(known)
+            )
+            identities.save(self._config.state_dir, self._identity)
+
+    async def _register(self, membership: Membership) -> None:
+        """Register, or if etcd does not answer now, go on trying while reads are served."""
+        try:
+            await membership.register()
+        except MetadataUnavailable as error:
+            log.warning(
+                "starting without etcd (%s): reads only, of what this node knew last", error
+            )
+            self._nursery.start_soon(self._register_later, membership)
+            return
+        self._nursery.start_soon(membership.run)
+
+    async def _register_later(self, membership: Membership) -> None:
+        while True:
+            await trio.sleep(1)
+            try:
+                await membership.register()
+            except MetadataUnavailable as error:
+                log.debug("still no etcd: %s", error)
+                continue
+            log.info("etcd is back: this node is registered")
+            return await membership.run()
+
+    # ------------------------------------------------------------ mounted
+
+    async def _serve(self, ready: Ready, files: Files, writer: Writer) -> None:
+        """Mount, and answer the kernel until the mount is gone."""
+        handlers = {"status": self._status.status, "info": self._status.info, "stop": self._stop}
+        control = ControlServer(self._config.control_path, handlers)
+        self._mount.open()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(control.serve)
+                nursery.start_soon(self._watch_signals)
+                nursery.start_soon(self._announce_ready, ready)
+                await self._mount.serve()
+                log.info("unmounted")
+                await _settle(files, writer)
+                nursery.cancel_scope.cancel()
+        finally:
+            self._mount.close()
+
+    async def _announce_ready(self, ready: Ready) -> None:
+        if not_set := await self._mount.tune():
+            text = ", ".join(not_set)
+            log.info("running without root: some kernel settings stay as they are (%s)", text)
+            self._warnings.append(f"kernel settings could not be raised ({text}): reads are slower")
+        config, identity = self._config, self._identity
+        await self._discovery.announce(
+            Announcement(
+                identity.node,
+                identity.cluster,
+                identity.cluster_name,
+                config.listen[1],
+                config.etcd_client_port if self._member else 0,
+                config.zone,
+            )
+        )
+        log.info("mounted %s: cluster %s", config.mountpoint, identity.cluster_name)
+        ready(f"node {config.name} of the cluster {identity.cluster_name}")
+
+    async def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The handler of `modelfs umount`. Refuses while the mount is in use."""
+        await self._mount.unmount()
+        return {}
+
+    async def _watch_signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                log.info("stopping: %s", signal.Signals(number).name)
+                self._nursery.start_soon(self._unmount_for_signal)
+
+    async def _unmount_for_signal(self) -> None:
+        try:
+            await self._mount.unmount()
+        except MountBusy:
+            log.warning("the mount is in use: taking it away from its users")
+            await self._mount.detach()
+        except UserError as error:
+            log.error("%s", error)
+
+
+async def _settle(files: Files, writer: Writer) -> None:
+    """After the last request: commit what is left, in bounded time."""
+    with trio.move_on_after(STOP_SECONDS) as scope:
+        await files.close_all()
+        await writer.flush_all()
+    if scope.cancelled_caught:
+        log.error("not everything could be committed in %.0f s; the rest is kept", STOP_SECONDS)
+
+
+async def _load_namespace(feed: Feed) -> None:
+    try:
+        await feed.start()
+    except MetadataUnavailable as error:
+        raise UserError(
+            f"etcd does not answer ({error}), and this node has no copy of the namespace yet: "
+            "start the other nodes of the cluster first"
+        ) from error
+
+
+def _read_memory_bytes() -> int:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(READ_MEMORY_BYTES, max(memory // READ_MEMORY_SHARE, 64 * MIB))
+
+
+def _cache_bytes(config: Config) -> int:
+    if config.cache_size is not None:
+        return config.cache_size
+    return shutil.disk_usage(config.state_dir).free // CACHE_SHARE
+
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """What statfs shows: the pool's real space, divided by the replicas that each byte takes."""
+
+    config: Config
+    feed: Feed
+
+    def __call__(self) -> tuple[int, int, int]:
+        nodes = self.feed.mirror.nodes.values()
+        capacity_bytes = sum(record.capacity_bytes for record in nodes)
+        free_bytes = sum(record.free_bytes for record in nodes)
+        copies = max(1, min(self.config.replicas, len(nodes)))
+        return capacity_bytes // copies, free_bytes // copies, self.feed.mirror.file_count

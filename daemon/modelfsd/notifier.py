@@ -1,0 +1,151 @@
+"""Tells the kernel what to forget, without ever holding up a request.
+
+An invalidation can block in the kernel until a request on the same directory has been answered.
+So they are made on threads of their own, each directory always on the same thread (in order, and
+one busy directory does not hold up those of the other threads), with no lock held, after the new
+state is in the mirror. Waiting invalidations of one name are merged.
+
+`NameGuard` is the other half: it remembers which inodes had a name changed by another node, until
+the kernel has surely acted on it. Before that, an OPEN may have come along the old name, and must
+be sent to look again (ESTALE).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pyfuse3
+
+from modelfs.ids import InodeNumber, KernelId
+
+log = logging.getLogger(__name__)
+
+THREADS = 4
+# An OPEN that walked the old name may wait this long in the kernel's queue before we see it.
+GRACE_SECONDS = 2.0
+
+Acknowledge = Callable[[], None]
+Entry = tuple[KernelId, bytes | None]  # (parent, name), or (inode, None) for its attributes
+
+
+class Notifier:
+    """Threads that carry out invalidations."""
+
+    def __init__(self) -> None:
+        self._workers = [_Worker(index) for index in range(THREADS)]
+
+    def start(self) -> None:
+        """Start the threads. The file system must be mounted."""
+        for worker in self._workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """End the threads, before the file system is unmounted. What waits is dropped."""
+        for worker in self._workers:
+            worker.stop()
+
+    def forget_name(self, parent: KernelId, name: bytes, acknowledge: Acknowledge) -> None:
+        """Make the kernel look `name` up again; then call `acknowledge`, on another thread."""
+        self._workers[parent % THREADS].add((parent, name), acknowledge)
+
+    def forget_attributes(self, inode: KernelId) -> None:
+        """Make the kernel ask for mode, owner, link count and a directory's times again."""
+        self._workers[inode % THREADS].add((inode, None), None)
+
+    @property
+    def waiting(self) -> int:
+        """How many invalidations have not been made yet."""
+        return sum(worker.waiting for worker in self._workers)
+
+
+class _Worker:
+    """One thread and what waits for it."""
+
+    def __init__(self, index: int) -> None:
+        self._pending: OrderedDict[Entry, list[Acknowledge]] = OrderedDict()
+        self._changed = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name=f"notify-{index}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._changed:
+            self._is_stopping = True
+            self._pending.clear()
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._pending)
+
+    def add(self, entry: Entry, acknowledge: Acknowledge | None) -> None:
+        with self._changed:
+            acknowledges = self._pending.setdefault(entry, [])
+            if acknowledge is not None:
+                acknowledges.append(acknowledge)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._pending and not self._is_stopping:
+                    self._changed.wait()
+                if self._is_stopping:
+                    return
+                (inode, name), acknowledges = self._pending.popitem(last=False)
+            try:
+                if name is None:
+                    pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+                else:
+                    pyfuse3.invalidate_entry(pyfuse3.InodeT(inode), pyfuse3.FileNameT(name))
+            except OSError as error:
+                # ENOENT: the kernel did not know the name. ENOTCONN, ENODEV: it is unmounting.
+                if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
+                    log.warning("the kernel refused to forget inode %d: %s", inode, error)
+            for acknowledge in acknowledges:
+                acknowledge()
+
+
+class NameGuard:
+    """Inodes whose names the kernel may still have wrong. Safe to use from any thread."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[InodeNumber, int] = {}  # invalidations not acknowledged yet
+        self._until: dict[InodeNumber, float] = {}  # acknowledged, but within the grace
+        self._lock = threading.Lock()
+
+    def raise_for(self, ino: InodeNumber) -> None:
+        """A name of this inode changed elsewhere; guard it until `lower_for`, once for each."""
+        with self._lock:
+            self._waiting[ino] = self._waiting.get(ino, 0) + 1
+
+    def lower_for(self, ino: InodeNumber) -> None:
+        """The kernel has forgotten the name: guard only against what is already on its way."""
+        with self._lock:
+            self._waiting[ino] -= 1
+            if not self._waiting[ino]:
+                del self._waiting[ino]
+            self._until[ino] = time.monotonic() + GRACE_SECONDS
+
+    def is_raised(self) -> bool:
+        """Whether any inode is guarded: usually not, and then no open needs a closer look."""
+        if not self._waiting and not self._until:
+            return False
+        with self._lock:
+            now = time.monotonic()
+            for ino in [ino for ino, until in self._until.items() if until <= now]:
+                del self._until[ino]
+            return bool(self._waiting or self._until)
+
+    def covers(self, ino: InodeNumber) -> bool:
+        """Whether an OPEN of this inode must look its name up again."""
+        return ino in self._waiting or self._until.get(ino, 0.0) > time.monotonic()

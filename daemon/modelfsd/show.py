@@ -1,0 +1,187 @@
+"""What the daemon's answers look like to people: tables for `status` and `info`.
+
+The input is the answers' JSON, from a daemon that may be of another version: what is missing or
+null is shown as a dash. Colours appear on a terminal only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from modelfsd.registry import Entry
+from modelfsd.units import format_size
+
+PIPE_WIDTH = 240  # columns where there is no terminal: wide enough that no cell is cut
+RANGES_SHOWN_MAX = 6
+
+
+def console(stream: TextIO | None = None) -> Console:
+    """A console that takes text as it is: file names are not markup."""
+    stream = sys.stdout if stream is None else stream
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, markup=False, highlight=False, emoji=False, width=width)
+
+
+def status_view(status: dict[str, Any]) -> RenderableType:
+    """`modelfs status`."""
+    cluster, node = _part(status, "cluster"), _part(status, "node")
+    facts = _facts()
+    facts.add_row("cluster", f"{_said(cluster.get('name'))} ({_said(cluster.get('id'))})")
+    facts.add_row(
+        "this node",
+        f"{_said(node.get('name'))} ({_said(node.get('id'))}), pid {_said(node.get('pid'))}, "
+        f"modelfs {_said(status.get('version'))}",
+    )
+    facts.add_row("mounted at", _said(status.get("mountpoint")))
+    facts.add_row("state in", _said(status.get("state_dir")))
+    facts.add_row(
+        "holds",
+        f"{_count(status.get('files'), 'file')}, "
+        f"{_count(status.get('directories'), 'directory', 'directories')}, "
+        f"{_size(status.get('bytes'))}, {_said(status.get('replicas'))} copies each",
+    )
+    lacking = status.get("chunks_under_replicated")
+    if lacking is None:
+        copies = Text("not counted yet", style="dim")
+    elif lacking:
+        copies = Text(f"{_count(lacking, 'chunk')} with too few copies", style="yellow")
+    else:
+        copies = Text("complete", style="green")
+    facts.add_row("copies", copies)
+    facts.add_row("etcd", _etcd_line(_part(status, "etcd")))
+    parts: list[RenderableType] = [facts, _nodes_table(status.get("nodes") or [])]
+    parts += [Text(f"warning: {warning}", style="yellow") for warning in status.get("warnings", [])]
+    return Group(*parts)
+
+
+def _etcd_line(etcd: dict[str, Any]) -> Text:
+    members = etcd.get("members") or []
+    well = sum(bool(member.get("healthy")) for member in members)
+    line = Text()
+    if etcd.get("healthy"):
+        line.append("healthy", style="green")
+    else:
+        line.append("no quorum: read-only", style="red")
+    if members:
+        line.append(f", {well} of {_count(len(members), 'member')} up")
+    learners = [str(member.get("name")) for member in members if member.get("learner")]
+    if learners:
+        line.append(f" ({', '.join(learners)} still joining)")
+    if etcd.get("endpoints"):
+        line.append(f", at {', '.join(map(str, etcd['endpoints']))}")
+    if etcd.get("quota_bytes"):
+        line.append(f", {_size(etcd.get('db_bytes'))} of {_size(etcd['quota_bytes'])} used")
+    if etcd.get("error"):
+        line.append(f" - {etcd['error']}", style="red")
+    return line
+
+
+def _nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("NODE", "ID", "ADDRESS", "ZONE", "STATE", "ETCD"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("USED", "DISK"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("VERSION", no_wrap=True)
+    for node in nodes:
+        state = Text("up", style="green") if node.get("up") else Text("DOWN", style="red")
+        name = _said(node.get("name")) + (" *" if node.get("self") else "")
+        table.add_row(
+            Text(name),
+            _said(node.get("id")),
+            _said(node.get("address")),
+            _said(node.get("zone") or None),
+            state,
+            "voter" if node.get("voter") else "client",
+            _size(node.get("used_bytes")),
+            _size(node.get("capacity_bytes")),
+            _said(node.get("version")),
+        )
+    return table
+
+
+def info_view(info: dict[str, Any]) -> RenderableType:
+    """`modelfs info PATH`."""
+    facts = _facts()
+    facts.add_row("path", _said(info.get("path")))
+    facts.add_row("type", _said(info.get("type")))
+    facts.add_row("inode", f"{_said(info.get('ino'))}, version {_said(info.get('version'))}")
+    facts.add_row("size", _size(info.get("size")))
+    facts.add_row("epoch", _said(info.get("epoch")))
+    if info.get("inline"):
+        facts.add_row("contents", "in the inode record, in etcd")
+    elif info.get("chunk_count"):
+        facts.add_row(
+            "contents",
+            f"{_count(info['chunk_count'], 'chunk')} of {_size(info.get('chunk_bytes'))}, "
+            f"{_said(info.get('replicas'))} copies each",
+        )
+        facts.add_row("manifest", _said(info.get("manifest")))
+    lacking = info.get("under_replicated")
+    if lacking:
+        facts.add_row("copies", Text(f"{_count(lacking, 'chunk')} with too few", style="yellow"))
+    nodes = info.get("nodes") or []
+    return Group(facts, _holders_table(nodes)) if nodes else facts
+
+
+def _holders_table(nodes: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("NODE", "ID", "STATE"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("COPIES", "BYTES"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("CHUNKS")
+    for node in nodes:
+        table.add_row(
+            _said(node.get("name")),
+            _said(node.get("id")),
+            Text("up", style="green") if node.get("up") else Text("DOWN", style="red"),
+            _said(node.get("chunk_count")),
+            _size(node.get("bytes")),
+            _ranges(node.get("chunks") or []),
+        )
+    return table
+
+
+def _ranges(ranges: Sequence[Sequence[int]]) -> str:
+    shown = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:RANGES_SHOWN_MAX]]
+    rest = len(ranges) - len(shown)
+    return " ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def daemons_text(entries: Sequence[Entry]) -> str:
+    """The daemons of this machine, one line each."""
+    return "\n".join(f"  {entry.mountpoint}  ({entry.name}, pid {entry.pid})" for entry in entries)
+
+
+def _facts() -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _part(answer: dict[str, Any], key: str) -> dict[str, Any]:
+    part = answer.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _said(value: object) -> str:
+    """A value as text; bytes of a name that are not UTF-8 become question marks."""
+    return "-" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def _size(value: object) -> str:
+    return format_size(value) if isinstance(value, int) else "-"
+
+
+def _count(value: object, noun: str, plural: str | None = None) -> str:
+    if value is None:
+        return f"- {plural or noun + 's'}"
+    return f"{value:,} {noun if value == 1 else plural or noun + 's'}"

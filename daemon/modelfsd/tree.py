@@ -1,0 +1,185 @@
+"""Names and attributes: what the kernel asks about the tree, answered from the mirror.
+
+Looking up a name that is there costs no round trip; that it is *not* there is only said after
+`Namespace.fresh`. Changes go through `modelfs.changes`. Lookup counts: every method that returns a
+kernel inode for a reply has counted one lookup.
+"""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from modelfs import changes
+from modelfs.changes import AttributeChange, Claim
+from modelfs.errors import NoSuchEntry, NotDirectory
+from modelfs.ids import ROOT_INODE, InodeNumber
+from modelfs.inode import Inode, check_name
+from modelfs.limits import CHUNK_BYTES_DEFAULT
+from modelfsd.kernel_cache import KernelCache
+from modelfsd.kernel_inodes import KernelInode
+from modelfsd.namespace import Namespace
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """On whose behalf a request is made."""
+
+    uid: int
+    gid: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewInode:
+    """What a create, mkdir, mknod or symlink asks for."""
+
+    mode: int  # with the file type
+    rdev: int = 0
+    target: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryEntry:
+    """One row of a listing."""
+
+    name: bytes
+    ino: InodeNumber
+
+
+class Tree:
+    """The tree as this node's kernel sees it. `replicas` is the policy for new files."""
+
+    def __init__(self, namespace: Namespace, cache: KernelCache, replicas: int) -> None:
+        self._namespace, self._cache, self._replicas = namespace, cache, replicas
+        self._mirror = namespace.mirror
+
+    # ------------------------------------------------------------ looking
+
+    async def lookup(self, parent: KernelInode, name: bytes) -> KernelInode:
+        """The inode behind a name. Raises `NoSuchEntry`, surely."""
+        check_name(name)
+        child = self._mirror.child(parent.ino, name)
+        if child is None:
+            await self._namespace.fresh()
+            child = self._mirror.child(parent.ino, name)
+        if child is None:
+            raise NoSuchEntry(name)
+        return self._counted(child.ino, self._namespace.require(child.ino))
+
+    def _counted(self, ino: InodeNumber, record: Inode) -> KernelInode:
+        inode = self._cache.inodes.show(ino, record)
+        inode.lookups += 1
+        return inode
+
+    async def list_directory(self, directory: KernelInode) -> list[DirectoryEntry]:
+        """A snapshot of a directory: ".", "..", then its names in the order they were made."""
+        await self._namespace.fresh()
+        if not directory.record.is_directory:
+            raise NotDirectory(directory.ino)
+        above = self._mirror.parent_of(directory.ino) or ROOT_INODE
+        entries = [DirectoryEntry(b".", directory.ino), DirectoryEntry(b"..", above)]
+        names = self._mirror.children.get(directory.ino, {})
+        entries.extend(DirectoryEntry(name, child.ino) for name, child in names.items())
+        return entries
+
+    def entries_from(
+        self, entries: list[DirectoryEntry], start: int
+    ) -> Iterator[tuple[int, DirectoryEntry, KernelInode]]:
+        """(position, entry, inode) from `start` on, without counting lookups.
+
+        An entry whose inode is gone by now is left out.
+        """
+        for position in range(start, len(entries)):
+            record = self._mirror.inode(entries[position].ino)
+            if record is not None:
+                inode = self._cache.inodes.show(entries[position].ino, record)
+                yield position, entries[position], inode
+
+    # ------------------------------------------------------------ changing
+
+    async def create(
+        self, parent: KernelInode, name: bytes, new: NewInode, caller: Caller, claim: Claim | None
+    ) -> KernelInode:
+        """Make an inode under a new name. Raises `EntryExists`."""
+        check_name(name)
+        ino = await self._namespace.new_inode_number()
+        record = self._new_record(parent.record, new, caller)
+        await self._namespace.change(
+            lambda mirror: changes.create(mirror, parent.ino, name, ino, record, claim)
+        )
+        return self._counted(ino, self._namespace.require(ino))
+
+    def _new_record(self, parent: Inode, new: NewInode, caller: Caller) -> Inode:
+        now_ns = time.time_ns()
+        mode, gid = new.mode, caller.gid
+        if parent.mode & stat.S_ISGID:  # a set-group-id directory hands its group down
+            gid = parent.gid
+            if stat.S_ISDIR(mode):
+                mode |= stat.S_ISGID
+        is_file = stat.S_ISREG(mode)
+        return Inode(
+            mode=mode,
+            uid=caller.uid,
+            gid=gid,
+            atime_ns=now_ns,
+            mtime_ns=now_ns,
+            ctime_ns=now_ns,
+            size=len(new.target),
+            inline=b"" if is_file else None,
+            chunk_bytes=CHUNK_BYTES_DEFAULT if is_file else 0,
+            replicas=self._replicas if is_file else 0,
+            editor=self._namespace.node_id,
+            rdev=new.rdev,
+            target=new.target,
+        )
+
+    async def link(self, inode: KernelInode, parent: KernelInode, name: bytes) -> KernelInode:
+        """A further name. Raises `EntryExists`."""
+        record = await self._namespace.change(
+            lambda mirror: changes.link(mirror, inode.ino, parent.ino, name, time.time_ns())
+        )
+        return self._counted(inode.ino, record)
+
+    async def remove(self, parent: KernelInode, name: bytes, directory: bool) -> None:
+        """unlink, or rmdir."""
+        await self._namespace.change(
+            lambda mirror: changes.remove(mirror, parent.ino, name, directory, time.time_ns())
+        )
+
+    async def rename(
+        self,
+        source: tuple[KernelInode, bytes],
+        target: tuple[KernelInode, bytes],
+        keep_existing: bool,
+    ) -> None:
+        """Move a name."""
+        old, new = (source[0].ino, source[1]), (target[0].ino, target[1])
+        await self._namespace.change(
+            lambda mirror: changes.rename(mirror, old, new, keep_existing, time.time_ns())
+        )
+
+    async def set_attributes(self, inode: KernelInode, change: AttributeChange) -> None:
+        """chmod, chown, utimens; no transaction if nothing would change.
+
+        The kernel repeats an mtime after writes, renames and links: those cost nothing here.
+        """
+        record = self._namespace.require(inode.ino)
+        if self._is_idle(record, change):
+            return
+        await self._namespace.change(
+            lambda mirror: changes.set_attributes(
+                mirror, inode.ino, change, self._namespace.node_id, time.time_ns()
+            )
+        )
+
+    @staticmethod
+    def _is_idle(record: Inode, change: AttributeChange) -> bool:
+        """Whether this only repeats the mtime. An explicit chmod or chown must move ctime."""
+        if change.permissions is not None or change.uid is not None or change.gid is not None:
+            return False
+        if change.atime_ns is not None or record.is_directory:
+            return change == AttributeChange()
+        return change.mtime_ns is None or change.mtime_ns == record.mtime_ns

@@ -1,0 +1,347 @@
+"""Writing: sessions, which join a kernel inode, a lease and a working copy.
+
+A session begins with the first writable handle of a kernel inode and ends with the last. The lease
+is taken when the session begins, unless the file is empty: then with the first byte, so that two
+nodes can hold a lock file open that neither ever writes.
+
+A commit happens in `flush`: seal what is staged, wait for the replicas, store the manifest, and
+change the inode in one transaction that compares lease and version. What goes wrong on the way
+poisons the session: nothing of it is ever committed, every later write, flush and fsync of it
+fails, and its bytes are kept under `lost/`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+from msgspec.structs import replace
+
+from modelfs import changes
+from modelfs.chunk import Buffer, describe
+from modelfs.errors import ModelfsError, NoSuchEntry, StaleHandle, WriteLost
+from modelfs.ids import Revision
+from modelfs.inode import Inode, ManifestRef
+from modelfs.limits import INLINE_BYTES_MAX, MIB
+from modelfs.manifest import Manifest, PlacedChunk
+from modelfsd.budget import ByteBudget
+from modelfsd.contents import Contents, gather
+from modelfsd.kernel_cache import KernelCache
+from modelfsd.kernel_inodes import KernelInode
+from modelfsd.leases import Leases
+from modelfsd.namespace import Namespace
+from modelfsd.replicator import Replicator
+from modelfsd.shared_lock import SharedLock
+from modelfsd.working_copy import WorkingCopy
+
+log = logging.getLogger(__name__)
+
+UPLOAD_BYTES = 96 * MIB  # chunks that are being named and sent, for all files together
+STAGING_THREADS = 8
+
+
+class Writer:
+    """All write sessions of this node."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        leases: Leases,
+        contents: Contents,
+        replicator: Replicator,
+        kernel_cache: KernelCache,
+        state_dir: Path,
+        run_in_background: Callable[..., None],
+    ) -> None:
+        self.namespace, self.leases = namespace, leases
+        self.contents, self.replicator = contents, replicator
+        self.inodes, self.retire = kernel_cache.inodes, kernel_cache.retire
+        self.staging_dir, self.lost_dir = state_dir / "staging", state_dir / "lost"
+        self.start_soon = run_in_background
+        self.uploads = ByteBudget(UPLOAD_BYTES)
+        self.limiter = trio.CapacityLimiter(STAGING_THREADS)
+        self._session_count = 0
+        self.open_sessions: set[WriteSession] = set()
+
+    def session_of(self, inode: KernelInode) -> WriteSession:
+        """The session of a kernel inode, begun if need be; one handle more."""
+        if inode.session is None:
+            self._session_count += 1
+            name = f"{inode.ino:x}-{time.time_ns():x}-{self._session_count}"
+            inode.session = WriteSession(self, inode, self.staging_dir / name)
+            self.open_sessions.add(inode.session)
+        inode.session.handles += 1
+        return inode.session
+
+    def end(self, session: WriteSession) -> None:
+        """The last handle is closed and everything settled."""
+        self.open_sessions.discard(session)
+        session.inode.session = None
+        self.inodes.close(session.inode)
+
+    def keep_leftovers(self) -> int:
+        """Move what an earlier run of the daemon had staged to `lost/`. Returns how many files."""
+        self.staging_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.lost_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        leftovers = sorted(self.staging_dir.iterdir())
+        for directory in leftovers:
+            if any(directory.iterdir()):
+                os.rename(directory, self.lost_dir / directory.name)
+            else:
+                directory.rmdir()
+        return len(leftovers)
+
+    async def flush_all(self) -> None:
+        """Commit every dirty working copy; what fails is kept and logged. For a clean stop."""
+        for session in list(self.open_sessions):
+            try:
+                await session.flush()
+            except ModelfsError as error:
+                log.error("not committed at stop: %s", error)
+
+
+class WriteSession:
+    """One file being written by this node."""
+
+    def __init__(self, writer: Writer, inode: KernelInode, directory: Path) -> None:
+        self.inode = inode
+        self.handles = 0
+        self.failure: ModelfsError | OSError | None = None
+        self._writer = writer
+        self.copy = WorkingCopy(
+            inode.ino,
+            inode.record,
+            directory,
+            writer.contents,
+            writer.replicator,
+            writer.limiter,
+            str(self),
+        )
+        self._token: Revision | None = None
+        self._leasing = trio.Lock()
+        self._gate = SharedLock()  # WRITEs share it, a commit has it alone
+
+    # ------------------------------------------------------------ the lease
+
+    def adopt_lease(self) -> None:
+        """The file was created together with its lease."""
+        self._token = self._writer.leases.hold(self.inode.ino, self._lose)
+
+    @property
+    def has_lease(self) -> bool:
+        """Whether this node may write the file, as far as it knows."""
+        return self._token is not None and self.failure is None
+
+    async def ensure_lease(self) -> None:
+        """Become the writer, of the very version that this kernel inode shows.
+
+        Raises `WriterElsewhere`, and `StaleHandle` if the file has changed since.
+        """
+        async with self._leasing:
+            if self._token is not None:
+                return
+            ino = self.inode.ino
+            token = await self._writer.leases.take(ino, self._lose)
+            latest = self._writer.namespace.mirror.inode(ino)
+            is_latest = latest is not None and latest.version == self.copy.base.version
+            if not is_latest or not self.inode.is_current:
+                self._writer.leases.reserve(ino, token)
+                raise StaleHandle(ino)
+            self._token = token
+
+    def _lose(self, reason: str) -> None:
+        if self.copy.is_dirty:
+            self._poison(WriteLost(self.inode.ino, reason))
+        else:
+            self._token = None  # nothing was written: the next write may take it again
+
+    # ------------------------------------------------------------ writing
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Take bytes. A failure poisons the session."""
+        async with self._gate.shared():
+            self._raise_failure()
+            try:
+                if self._token is None:
+                    await self._lease_for_first_write()
+                completed = await self.copy.write(offset, data)
+            except (ModelfsError, OSError) as error:
+                self._poison(error)
+                raise
+        for index in completed:
+            await self._seal_soon(index)
+
+    async def _lease_for_first_write(self) -> None:
+        if self.inode.record.nlink == 0:
+            return  # unlinked: nobody else will ever see these bytes
+        try:
+            await self.ensure_lease()
+        except NoSuchEntry:
+            return  # as above
+        except StaleHandle:
+            reason = "another node wrote it first"
+            raise WriteLost(self.inode.ino, reason) from None
+
+    async def truncate(self, size: int) -> None:
+        """Set the size of the working copy."""
+        async with self._gate.alone():
+            self._raise_failure()
+            if size == self.copy.size:
+                return
+            try:
+                if self._token is None:
+                    await self._lease_for_first_write()
+                await self.copy.truncate(size)
+            except (ModelfsError, OSError) as error:
+                self._poison(error)
+                raise
+
+    async def _seal_soon(self, index: int) -> None:
+        """Name and send a complete chunk while the application goes on writing.
+
+        Waits for room in the upload budget, which is what slows down a writer that is faster
+        than the network and the disks.
+        """
+        size = self.copy.staged_bytes_of(index)
+        await self._writer.uploads.take(size)
+        self._writer.start_soon(self._seal_in_background, index, size)
+
+    async def _seal_in_background(self, index: int, size: int) -> None:
+        try:
+            if self.failure is None:
+                await self.copy.seal(index)
+        except (ModelfsError, OSError) as error:
+            self._poison(error)
+        finally:
+            self._writer.uploads.give(size)
+
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
+        """Bytes as written so far."""
+        async with self._gate.shared():
+            return await self.copy.read(offset, size)
+
+    # ------------------------------------------------------------ committing
+
+    async def flush(self) -> None:
+        """Commit what was written, if anything was. Raises what keeps it from being committed."""
+        if not self.copy.is_dirty and self.failure is None:
+            return
+        async with self._gate.alone():
+            self._raise_failure()
+            if not self.copy.is_dirty:
+                return
+            try:
+                await self._commit()
+            except NoSuchEntry:
+                self.copy.is_dirty = False  # unlinked meanwhile: readable here till the last close
+            except (ModelfsError, OSError) as error:
+                self._poison(error)
+                raise
+
+    async def _commit(self) -> None:
+        copy, namespace = self.copy, self._writer.namespace
+        if self._token is None:
+            raise NoSuchEntry(copy.ino)
+        token = self._token
+        contents = await self._store_contents()
+        await self._writer.replicator.sync(copy.placements, copy.base.replicas)
+        self._raise_failure()
+        committed = await namespace.change(
+            lambda mirror: changes.commit_contents(
+                mirror, copy.ino, token, copy.base.version, contents, time.time_ns()
+            )
+        )
+        copy.rebase(committed)
+
+    async def _store_contents(self) -> Inode:
+        """Put everything but the inode in place; returns the fields to commit."""
+        copy = self.copy
+        mtime_ns = copy.mtime_ns if copy.mtime_ns is not None else time.time_ns()
+        fields = replace(
+            copy.base,
+            size=copy.size,
+            mtime_ns=mtime_ns,
+            editor=self._writer.namespace.node_id,
+            inline=await copy.inline_contents(INLINE_BYTES_MAX),
+            manifest=None,
+        )
+        if fields.inline is not None:
+            return fields
+        positions = copy.staged_positions()
+
+        async def seal(position: int) -> None:
+            async with self._writer.uploads.holding(copy.staged_bytes_of(positions[position])):
+                await copy.seal(positions[position])
+
+        await gather(seal, len(positions))
+        return replace(fields, manifest=ManifestRef.of(await self._store_manifest()))
+
+    async def _store_manifest(self) -> PlacedChunk:
+        copy, contents = self.copy, self._writer.contents
+        replicas = copy.base.replicas
+        manifest = Manifest.empty(copy.base.chunk_bytes)
+        if copy.base.manifest is not None:
+            manifest = await contents.manifest(copy.base)
+        for size, chunks in ((min(copy.base_limit, manifest.size), {}), (copy.size, copy.sealed)):
+            for page in manifest.pages_to_change(size, chunks):
+                await contents.load_page(manifest, page, replicas)
+            manifest, pages = manifest.changed(size, chunks)
+            places = {page: await self._store(data) for page, data in pages.items()}
+            manifest = manifest.with_pages_stored(places)
+        return await self._store(manifest.encode())
+
+    async def _store(self, data: bytes) -> PlacedChunk:
+        ref, table = await trio.to_thread.run_sync(describe, data)
+        replicas = self.copy.base.replicas
+        return await self._writer.replicator.put(ref, table, data, replicas, self.copy.placements)
+
+    # ------------------------------------------------------------ ending
+
+    async def release(self) -> None:
+        """One handle less. With the last, commit what came after the last flush, and let go."""
+        self.handles -= 1
+        if self.handles:
+            return
+        try:
+            if self.failure is None:
+                await self.flush()  # pages of a shared mapping come after close()
+        except (ModelfsError, OSError) as error:
+            log.error("%s was closed with writes that could not be committed: %s", self, error)
+        async with self._leasing:
+            if self.handles:
+                return  # opened again meanwhile
+            token, self._token = self._token, None
+            if token is not None:
+                await self._writer.leases.drop(self.inode.ino, token)
+            if self.handles:
+                return
+            if self.failure is None:
+                await trio.to_thread.run_sync(self.copy.discard)
+            else:
+                await trio.to_thread.run_sync(self.copy.keep, self._writer.lost_dir)
+            self._writer.end(self)
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise WriteLost(self.inode.ino, str(self.failure)) from self.failure
+
+    def _poison(self, failure: ModelfsError | OSError) -> None:
+        """Nothing of this session may be committed any more; keep its bytes."""
+        if self.failure is not None:
+            return
+        self.failure = failure
+        log.error("writes to %s cannot be committed, they are kept: %s", self, failure)
+        self._writer.retire(self.inode)
+        self._writer.start_soon(self._describe_loss)
+
+    async def _describe_loss(self) -> None:
+        async with self._gate.alone():
+            await trio.to_thread.run_sync(self.copy.describe_on_disk, str(self.failure))
+
+    def __str__(self) -> str:
+        path = self._writer.namespace.mirror.path_of(self.inode.ino)
+        return f"/{path.decode(errors='surrogateescape')}"

@@ -1,0 +1,82 @@
+"""Where things are in etcd. The only description of the key space; keys follow the cluster prefix.
+
+cluster                 who we are: id and name of the cluster, format of the records
+inode/<ino>             Inode                        <ino>: 10 hex digits
+dentry/<parent>/<name>  Dentry                       <name>: the raw bytes of the name
+dirtime/<ino>           mtime and ctime of a directory
+lease/<ino>             the node that may write the file; bound to that node's etcd lease
+node/<id>               NodeRecord; bound to the node's etcd lease, which is its heartbeat
+map/<epoch>             PlacementMap                 <epoch>: 8 hex digits
+inodes                  how many blocks of inode numbers have been handed out
+dirmove                 put by every move of a directory between directories, to serialise them
+seq                     put by every transaction, with the id of the operation
+etcd-join               held by a node while it joins etcd as a member
+"""
+
+from __future__ import annotations
+
+from modelfs.ids import Epoch, InodeNumber, NodeId
+
+CLUSTER = b"cluster"
+SEQ = b"seq"
+INODES = b"inodes"
+DIRMOVE = b"dirmove"
+ETCD_JOIN = b"etcd-join"
+
+INODE_PREFIX = b"inode/"
+DENTRY_PREFIX = b"dentry/"
+DIRTIME_PREFIX = b"dirtime/"
+LEASE_PREFIX = b"lease/"
+NODE_PREFIX = b"node/"
+MAP_PREFIX = b"map/"
+
+_INO_DIGITS = 10
+
+
+def inode(ino: InodeNumber) -> bytes:
+    """The key of an inode's record."""
+    return b"inode/%010x" % ino
+
+
+def dirtime(ino: InodeNumber) -> bytes:
+    """The key of a directory's times."""
+    return b"dirtime/%010x" % ino
+
+
+def lease(ino: InodeNumber) -> bytes:
+    """The key of the right to write a file."""
+    return b"lease/%010x" % ino
+
+
+def dentry(parent: InodeNumber, name: bytes) -> bytes:
+    """The key of a name."""
+    return b"dentry/%010x/%b" % (parent, name)
+
+
+def dentries(parent: InodeNumber) -> tuple[bytes, bytes]:
+    """The range [start, end) of all names in a directory."""
+    return b"dentry/%010x/" % parent, b"dentry/%010x0" % parent  # "0" follows "/"
+
+
+def node(node_id: NodeId) -> bytes:
+    """The key of a living node."""
+    return NODE_PREFIX + node_id.encode("ascii")
+
+
+def placement_map(epoch: Epoch) -> bytes:
+    """The key of a placement map."""
+    return b"map/%08x" % epoch
+
+
+def ino_of(key: bytes, prefix: bytes) -> InodeNumber:
+    """The inode number in a key of the form <prefix><ino>."""
+    return InodeNumber(int(key[len(prefix) :], 16))
+
+
+def split_dentry(key: bytes) -> tuple[InodeNumber, bytes]:
+    """(parent, name) of a dentry's key."""
+    start = len(DENTRY_PREFIX)
+    return InodeNumber(int(key[start : start + _INO_DIGITS], 16)), key[start + _INO_DIGITS + 1 :]
+
+
+assert dentries(InodeNumber(1))[1] == b"dentry/0000000001" + bytes([ord("/") + 1])

@@ -1,0 +1,206 @@
+"""What all tests share.
+
+- An `async def` test runs under trio, with a deadline; if it asks for a fixture that is a clock
+  (`autojump_clock`), under that clock.
+- A quiet log: a WARNING or worse from our loggers fails the test, unless the test says that it
+  expects it with `@pytest.mark.expected_logs("regular expression", ...)`.
+- Chance has a seed: `rng` depends on the test's name and on MODELFS_TEST_SEED only.
+- What tests start, mount and write lies under one directory, MODELFS_TEST_ROOT, which is in the
+  environment of every process that they start; `./run test` makes it and sweeps it.
+- On a CI machine (CI=true) what a test needs must be there; elsewhere the test is skipped.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import hypothesis
+import pytest
+import trio
+import trio.testing
+
+ROOT_VARIABLE = "MODELFS_TEST_ROOT"
+SEED_VARIABLE = "MODELFS_TEST_SEED"
+HANG_SECONDS = 300.0  # a guard against hangs, not a measure of speed
+OURS = ("modelfs", "modelfsd")
+
+hypothesis.settings.register_profile("modelfs", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("modelfs")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose the one directory, before pytest chooses where `tmp_path` is."""
+    config.addinivalue_line("markers", "expected_logs(*patterns): warnings that belong to the test")
+    root = os.environ.get(ROOT_VARIABLE)
+    if not root:
+        root = tempfile.mkdtemp(prefix="modelfs-test.")
+        os.environ[ROOT_VARIABLE] = root
+        # `./run test` sweeps this directory if this process is killed.
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        Path(root, "owner").write_text(f"{os.getpid()} {fields[19]}\n")
+        config.add_cleanup(partial(_remove, Path(root)))
+    os.environ["MODELFS_RUN_DIR"] = f"{root}/run"
+    for name in [name for name in os.environ if name.startswith("MODELFS_")]:
+        if name not in (ROOT_VARIABLE, SEED_VARIABLE, "MODELFS_RUN_DIR"):
+            del os.environ[name]  # the settings of whoever runs the tests
+    # As Ctrl-C does: fixtures are taken down. `timeout`, CI and `./run test` send this one.
+    signal.signal(signal.SIGTERM, _interrupt)
+    if config.option.basetemp is None:
+        config.option.basetemp = f"{root}/tmp"
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _remove(root: Path) -> None:
+    """Remove our own directory, unless something is still mounted in it."""
+    if f" {root}/" not in Path("/proc/self/mountinfo").read_text(errors="replace"):
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def pytest_report_header() -> str:
+    """Say how to repeat this run."""
+    return f"{SEED_VARIABLE}={_seed()} {ROOT_VARIABLE}={os.environ[ROOT_VARIABLE]}"
+
+
+# ---------------------------------------------------------------- async tests
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a coroutine function under trio."""
+    test = inspect.unwrap(pyfuncitem.obj)
+    inner = getattr(getattr(test, "hypothesis", None), "inner_test", None)
+    if inner is not None and inspect.iscoroutinefunction(inner):
+        pyfuncitem.obj.hypothesis.inner_test = _synchronous(inner)
+        return None
+    if not inspect.iscoroutinefunction(test):
+        return None
+    names = pyfuncitem._fixtureinfo.argnames
+    _synchronous(pyfuncitem.obj)(**{name: pyfuncitem.funcargs[name] for name in names})
+    return True
+
+
+def _synchronous(test: Callable[..., Any]) -> Callable[..., None]:
+    def run(*args: object, **kwargs: object) -> None:
+        clocks = [value for value in kwargs.values() if isinstance(value, trio.abc.Clock)]
+
+        async def guarded() -> None:
+            # On a virtual clock hours are free, and a hang shows as a jump to the end of time.
+            with trio.fail_after(HANG_SECONDS if not clocks else 1e9):
+                await test(*args, **kwargs)
+
+        trio.run(guarded, clock=clocks[0] if clocks else None)
+
+    return run
+
+
+@pytest.fixture
+def autojump_clock() -> trio.testing.MockClock:
+    """Virtual time: it jumps whenever all tasks wait for it."""
+    return trio.testing.MockClock(autojump_threshold=0)
+
+
+# ---------------------------------------------------------------- the quiet log
+
+
+class _Collector(logging.Handler):
+    """Keeps the warnings of our own loggers."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name.split(".")[0] in OURS:
+            text = f"{record.levelname} {record.name}: {record.getMessage()}"
+            if record.exc_info and record.exc_info[1] is not None:
+                text += f" [{record.exc_info[1]!r}]"
+            self.lines.append(text)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that passed and warned."""
+    patterns = [text for mark in item.iter_markers("expected_logs") for text in mark.args]
+    collector = _Collector()
+    logging.getLogger().addHandler(collector)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(collector)
+    surprises = [
+        line for line in collector.lines if not any(re.search(text, line) for text in patterns)
+    ]
+    if surprises:
+        pytest.fail("unexpected in the log:\n" + "\n".join(surprises), pytrace=False)
+
+
+# ---------------------------------------------------------------- fixtures
+
+
+def _seed() -> int:
+    return int(os.environ.get(SEED_VARIABLE, "0"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Chance that repeats itself."""
+    return random.Random(f"{_seed()} {request.node.nodeid}")
+
+
+@pytest.fixture(scope="session")
+def test_root() -> Path:
+    """The directory for everything that outlives a test when it is killed: labs, mounts."""
+    return Path(os.environ[ROOT_VARIABLE])
+
+
+@pytest.fixture
+def lab_root(test_root: Path) -> Path:
+    """A short new directory for one lab; whatever is still there is swept after the run."""
+    return Path(tempfile.mkdtemp(prefix="lab-", dir=test_root))
+
+
+# ---------------------------------------------------------------- what the machine must have
+
+
+def _why_no_etcd() -> str | None:
+    missing = [name for name in ("etcd", "setpriv") if shutil.which(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def _why_no_fuse() -> str | None:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse is missing, or not ours to open"
+    if shutil.which("fusermount3") is None:
+        return "fusermount3 is not installed"
+    return None if os.geteuid() == 0 else "not root"
+
+
+_NEEDS = {"etcd": _why_no_etcd, "fuse": _why_no_fuse}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here, but never in CI."""
+    for mark, why_not in _NEEDS.items():
+        if item.get_closest_marker(mark) is None:
+            continue
+        reason = why_not()
+        if reason and os.environ.get("CI") == "true":
+            pytest.fail(f"needs {mark}: {reason}", pytrace=False)
+        if reason:
+            pytest.skip(f"needs {mark}: {reason}")

@@ -1,0 +1,93 @@
+"""The contract of peer transports, in memory and over real sockets on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import pytest
+import trio
+
+from modelfs.chunk import describe
+from modelfs.ids import ChunkId, ClusterId, NodeId
+from modelfs.ports import ChunkStore, Holding
+from modelfs.testing.contract_chunks import Open, PeersUnderTest, PeerTransportContract
+from modelfs.testing.stores import MemoryChunkStore, MemoryPeers
+from modelfsd.peer_client import PeerClient
+from modelfsd.peer_server import PeerServer
+
+CLUSTER = ClusterId("c" * 16)
+NODES = (NodeId("1" * 16), NodeId("2" * 16))
+CAPACITY_BYTES = 10_000_000
+HANG_GUARD_SECONDS = 60
+
+
+def _stores() -> dict[NodeId, MemoryChunkStore]:
+    return {node: MemoryChunkStore(CAPACITY_BYTES) for node in NODES}
+
+
+def _run(main: Callable[[], Awaitable[None]]) -> None:
+    async def guarded() -> None:
+        with trio.fail_after(HANG_GUARD_SECONDS):
+            await main()
+
+    trio.run(guarded)
+
+
+class TestMemoryPeers(PeerTransportContract):
+    @pytest.fixture
+    def run(self) -> Open:
+        def run(scenario: Callable[[PeersUnderTest], Awaitable[None]]) -> None:
+            stores = _stores()
+            peers = MemoryPeers(stores)
+
+            def damage(node: NodeId, chunk: ChunkId) -> None:
+                stores[node].damage(chunk)
+
+            def fill(node: NodeId) -> None:
+                data = bytes(CAPACITY_BYTES - 2_000)
+                stores[node].put(*describe(data), data, Holding.OWNED)
+
+            ports: dict[NodeId, ChunkStore] = dict(stores)
+            _run(lambda: scenario(PeersUnderTest(peers, ports, damage, fill, peers.down.add)))
+
+        return run
+
+
+class TestSocketPeers(PeerTransportContract):
+    @pytest.fixture
+    def run(self) -> Open:
+        def run(scenario: Callable[[PeersUnderTest], Awaitable[None]]) -> None:
+            stores = _stores()
+            servers = {
+                node: PeerServer(store, CLUSTER, node, "test", dict, lambda ref: None)
+                for node, store in stores.items()
+            }
+            addresses = {node: server.start("127.0.0.1", 0) for node, server in servers.items()}
+
+            async def over_sockets() -> None:
+                client = PeerClient(CLUSTER, NodeId("9" * 16), "client")
+                for node, address in addresses.items():
+                    client.set_address(node, *address)
+                ports: dict[NodeId, ChunkStore] = dict(stores)
+                try:
+                    await scenario(PeersUnderTest(client, ports, damage, fill, stop))
+                finally:
+                    client.close()
+
+            def damage(node: NodeId, chunk: ChunkId) -> None:
+                stores[node].damage(chunk)
+
+            def fill(node: NodeId) -> None:
+                data = bytes(CAPACITY_BYTES - 2_000)
+                stores[node].put(*describe(data), data, Holding.OWNED)
+
+            def stop(node: NodeId) -> None:
+                servers[node].stop()
+
+            try:
+                _run(over_sockets)
+            finally:
+                for server in servers.values():
+                    server.stop()
+
+        return run
