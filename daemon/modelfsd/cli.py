@@ -138,14 +138,13 @@ def _run_here(mountpoint: str, given: dict[str, Any]) -> None:
         if reporter.waiting:
             ours.addHandler(reporter)
         _run_node(mountpoint, given, reporter)
-    except ModelfsError as error:
-        if reporter.waiting:
-            log.error("%s", error)
-        reporter.error(str(error))
-        raise
     except Exception as error:
-        log.exception("the daemon failed")
-        reporter.error(f"internal error: {type(error).__name__}: {error}")
+        ours.removeHandler(reporter)
+        if not isinstance(error, ModelfsError):
+            log.exception("the daemon failed")
+        reporter.error(error)
+        if isinstance(error, ModelfsError):
+            raise
         raise SystemExit(EXIT_FAILURE) from error
     finally:
         ours.removeHandler(reporter)

@@ -179,7 +179,7 @@ class EtcdStore:
         return response.ID
 
     async def keep_alive(self, lease: int) -> bool:
-        """See the port. Raises `MetadataUnavailable`; a renewal that may have happened is none.
+        """See the port. Raises only `MetadataUnavailable`: a renewal too many does no harm.
 
         The method is a stream for etcd; on the wire, one request that ends the stream is a
         plain call.

@@ -4,117 +4,114 @@
 # source: etcd_rpc.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
+
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
+
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC,
-    7,
-    35,
-    1,
-    '',
-    'etcd_rpc.proto'
+    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "etcd_rpc.proto"
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-
-
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x0e\x65tcd_rpc.proto\x12\x11modelfsd.etcd_rpc\"u\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\r\n\x05lease\x18\x06 \x01(\x03\"\x84\x01\n\x05\x45vent\x12\x30\n\x04type\x18\x01 \x01(\x0e\x32\".modelfsd.etcd_rpc.Event.EventType\x12\'\n\x02kv\x18\x02 \x01(\x0b\x32\x1b.modelfsd.etcd_rpc.KeyValue\" \n\tEventType\x12\x07\n\x03PUT\x10\x00\x12\n\n\x06\x44\x45LETE\x10\x01\"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04\"e\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x14\n\x0cserializable\x18\x07 \x01(\x08\"\x89\x01\n\rRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12(\n\x03kvs\x18\x02 \x03(\x0b\x32\x1b.modelfsd.etcd_rpc.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\r\n\x05\x63ount\x18\x04 \x01(\x03\"7\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05lease\x18\x03 \x01(\x03\"@\n\x0bPutResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\"4\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\"Y\n\x13\x44\x65leteRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x03\"\xcd\x01\n\tRequestOp\x12\x38\n\rrequest_range\x18\x01 \x01(\x0b\x32\x1f.modelfsd.etcd_rpc.RangeRequestH\x00\x12\x34\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x1d.modelfsd.etcd_rpc.PutRequestH\x00\x12\x45\n\x14request_delete_range\x18\x03 \x01(\x0b\x32%.modelfsd.etcd_rpc.DeleteRangeRequestH\x00\x42\t\n\x07request\"\xd5\x01\n\nResponseOp\x12:\n\x0eresponse_range\x18\x01 \x01(\x0b\x32 .modelfsd.etcd_rpc.RangeResponseH\x00\x12\x36\n\x0cresponse_put\x18\x02 \x01(\x0b\x32\x1e.modelfsd.etcd_rpc.PutResponseH\x00\x12G\n\x15response_delete_range\x18\x03 \x01(\x0b\x32&.modelfsd.etcd_rpc.DeleteRangeResponseH\x00\x42\n\n\x08response\"\xa0\x03\n\x07\x43ompare\x12\x38\n\x06result\x18\x01 \x01(\x0e\x32(.modelfsd.etcd_rpc.Compare.CompareResult\x12\x38\n\x06target\x18\x02 \x01(\x0e\x32(.modelfsd.etcd_rpc.Compare.CompareTarget\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\x12\x0f\n\x05value\x18\x07 \x01(\x0cH\x00\x12\x0f\n\x05lease\x18\x08 \x01(\x03H\x00\x12\x11\n\trange_end\x18@ \x01(\x0c\"@\n\rCompareResult\x12\t\n\x05\x45QUAL\x10\x00\x12\x0b\n\x07GREATER\x10\x01\x12\x08\n\x04LESS\x10\x02\x12\r\n\tNOT_EQUAL\x10\x03\"G\n\rCompareTarget\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x12\t\n\x05VALUE\x10\x03\x12\t\n\x05LEASE\x10\x04\x42\x0e\n\x0ctarget_union\"\x97\x01\n\nTxnRequest\x12+\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x1a.modelfsd.etcd_rpc.Compare\x12-\n\x07success\x18\x02 \x03(\x0b\x32\x1c.modelfsd.etcd_rpc.RequestOp\x12-\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x1c.modelfsd.etcd_rpc.RequestOp\"\x85\x01\n\x0bTxnResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12\x30\n\tresponses\x18\x03 \x03(\x0b\x32\x1d.modelfsd.etcd_rpc.ResponseOp\"7\n\x11\x43ompactionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08physical\x18\x02 \x01(\x08\"G\n\x12\x43ompactionResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\"\xe6\x01\n\x0cWatchRequest\x12?\n\x0e\x63reate_request\x18\x01 \x01(\x0b\x32%.modelfsd.etcd_rpc.WatchCreateRequestH\x00\x12?\n\x0e\x63\x61ncel_request\x18\x02 \x01(\x0b\x32%.modelfsd.etcd_rpc.WatchCancelRequestH\x00\x12\x43\n\x10progress_request\x18\x03 \x01(\x0b\x32\'.modelfsd.etcd_rpc.WatchProgressRequestH\x00\x42\x0f\n\rrequest_union\"\x89\x01\n\x12WatchCreateRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x16\n\x0estart_revision\x18\x03 \x01(\x03\x12\x17\n\x0fprogress_notify\x18\x04 \x01(\x08\x12\x10\n\x08watch_id\x18\x07 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x08 \x01(\x08\"&\n\x12WatchCancelRequest\x12\x10\n\x08watch_id\x18\x01 \x01(\x03\"\x16\n\x14WatchProgressRequest\"\xe4\x01\n\rWatchResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x10\n\x08watch_id\x18\x02 \x01(\x03\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61nceled\x18\x04 \x01(\x08\x12\x18\n\x10\x63ompact_revision\x18\x05 \x01(\x03\x12\x15\n\rcancel_reason\x18\x06 \x01(\t\x12\x10\n\x08\x66ragment\x18\x07 \x01(\x08\x12(\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x18.modelfsd.etcd_rpc.Event\",\n\x11LeaseGrantRequest\x12\x0b\n\x03TTL\x18\x01 \x01(\x03\x12\n\n\x02ID\x18\x02 \x01(\x03\"o\n\x12LeaseGrantResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03\x12\r\n\x05\x65rror\x18\x04 \x01(\t\" \n\x12LeaseRevokeRequest\x12\n\n\x02ID\x18\x01 \x01(\x03\"H\n\x13LeaseRevokeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\"#\n\x15LeaseKeepAliveRequest\x12\n\n\x02ID\x18\x01 \x01(\x03\"d\n\x16LeaseKeepAliveResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03\"[\n\x06Member\x12\n\n\x02ID\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08peerURLs\x18\x03 \x03(\t\x12\x12\n\nclientURLs\x18\x04 \x03(\t\x12\x11\n\tisLearner\x18\x05 \x01(\x08\"7\n\x10MemberAddRequest\x12\x10\n\x08peerURLs\x18\x01 \x03(\t\x12\x11\n\tisLearner\x18\x02 \x01(\x08\"\x9d\x01\n\x11MemberAddResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12)\n\x06member\x18\x02 \x01(\x0b\x32\x19.modelfsd.etcd_rpc.Member\x12*\n\x07members\x18\x03 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member\"!\n\x13MemberRemoveRequest\x12\n\n\x02ID\x18\x01 \x01(\x04\"u\n\x14MemberRemoveResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member\"3\n\x13MemberUpdateRequest\x12\n\n\x02ID\x18\x01 \x01(\x04\x12\x10\n\x08peerURLs\x18\x02 \x03(\t\"u\n\x14MemberUpdateResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member\"\x13\n\x11MemberListRequest\"s\n\x12MemberListResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member\"\"\n\x14MemberPromoteRequest\x12\n\n\x02ID\x18\x01 \x01(\x04\"v\n\x15MemberPromoteResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member\"\x0f\n\rStatusRequest\"\xeb\x01\n\x0eStatusResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x62Size\x18\x03 \x01(\x03\x12\x0e\n\x06leader\x18\x04 \x01(\x04\x12\x11\n\traftIndex\x18\x05 \x01(\x04\x12\x10\n\x08raftTerm\x18\x06 \x01(\x04\x12\x18\n\x10raftAppliedIndex\x18\x07 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x08 \x03(\t\x12\x13\n\x0b\x64\x62SizeInUse\x18\t \x01(\x03\x12\x11\n\tisLearner\x18\n \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
+    b'\n\x0e\x65tcd_rpc.proto\x12\x11modelfsd.etcd_rpc"u\n\x08KeyValue\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63reate_revision\x18\x02 \x01(\x03\x12\x14\n\x0cmod_revision\x18\x03 \x01(\x03\x12\x0f\n\x07version\x18\x04 \x01(\x03\x12\r\n\x05value\x18\x05 \x01(\x0c\x12\r\n\x05lease\x18\x06 \x01(\x03"\x84\x01\n\x05\x45vent\x12\x30\n\x04type\x18\x01 \x01(\x0e\x32".modelfsd.etcd_rpc.Event.EventType\x12\'\n\x02kv\x18\x02 \x01(\x0b\x32\x1b.modelfsd.etcd_rpc.KeyValue" \n\tEventType\x12\x07\n\x03PUT\x10\x00\x12\n\n\x06\x44\x45LETE\x10\x01"\\\n\x0eResponseHeader\x12\x12\n\ncluster_id\x18\x01 \x01(\x04\x12\x11\n\tmember_id\x18\x02 \x01(\x04\x12\x10\n\x08revision\x18\x03 \x01(\x03\x12\x11\n\traft_term\x18\x04 \x01(\x04"e\n\x0cRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\r\n\x05limit\x18\x03 \x01(\x03\x12\x10\n\x08revision\x18\x04 \x01(\x03\x12\x14\n\x0cserializable\x18\x07 \x01(\x08"\x89\x01\n\rRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12(\n\x03kvs\x18\x02 \x03(\x0b\x32\x1b.modelfsd.etcd_rpc.KeyValue\x12\x0c\n\x04more\x18\x03 \x01(\x08\x12\r\n\x05\x63ount\x18\x04 \x01(\x03"7\n\nPutRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05value\x18\x02 \x01(\x0c\x12\r\n\x05lease\x18\x03 \x01(\x03"@\n\x0bPutResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader"4\n\x12\x44\x65leteRangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c"Y\n\x13\x44\x65leteRangeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x03"\xcd\x01\n\tRequestOp\x12\x38\n\rrequest_range\x18\x01 \x01(\x0b\x32\x1f.modelfsd.etcd_rpc.RangeRequestH\x00\x12\x34\n\x0brequest_put\x18\x02 \x01(\x0b\x32\x1d.modelfsd.etcd_rpc.PutRequestH\x00\x12\x45\n\x14request_delete_range\x18\x03 \x01(\x0b\x32%.modelfsd.etcd_rpc.DeleteRangeRequestH\x00\x42\t\n\x07request"\xd5\x01\n\nResponseOp\x12:\n\x0eresponse_range\x18\x01 \x01(\x0b\x32 .modelfsd.etcd_rpc.RangeResponseH\x00\x12\x36\n\x0cresponse_put\x18\x02 \x01(\x0b\x32\x1e.modelfsd.etcd_rpc.PutResponseH\x00\x12G\n\x15response_delete_range\x18\x03 \x01(\x0b\x32&.modelfsd.etcd_rpc.DeleteRangeResponseH\x00\x42\n\n\x08response"\xa0\x03\n\x07\x43ompare\x12\x38\n\x06result\x18\x01 \x01(\x0e\x32(.modelfsd.etcd_rpc.Compare.CompareResult\x12\x38\n\x06target\x18\x02 \x01(\x0e\x32(.modelfsd.etcd_rpc.Compare.CompareTarget\x12\x0b\n\x03key\x18\x03 \x01(\x0c\x12\x11\n\x07version\x18\x04 \x01(\x03H\x00\x12\x19\n\x0f\x63reate_revision\x18\x05 \x01(\x03H\x00\x12\x16\n\x0cmod_revision\x18\x06 \x01(\x03H\x00\x12\x0f\n\x05value\x18\x07 \x01(\x0cH\x00\x12\x0f\n\x05lease\x18\x08 \x01(\x03H\x00\x12\x11\n\trange_end\x18@ \x01(\x0c"@\n\rCompareResult\x12\t\n\x05\x45QUAL\x10\x00\x12\x0b\n\x07GREATER\x10\x01\x12\x08\n\x04LESS\x10\x02\x12\r\n\tNOT_EQUAL\x10\x03"G\n\rCompareTarget\x12\x0b\n\x07VERSION\x10\x00\x12\n\n\x06\x43REATE\x10\x01\x12\x07\n\x03MOD\x10\x02\x12\t\n\x05VALUE\x10\x03\x12\t\n\x05LEASE\x10\x04\x42\x0e\n\x0ctarget_union"\x97\x01\n\nTxnRequest\x12+\n\x07\x63ompare\x18\x01 \x03(\x0b\x32\x1a.modelfsd.etcd_rpc.Compare\x12-\n\x07success\x18\x02 \x03(\x0b\x32\x1c.modelfsd.etcd_rpc.RequestOp\x12-\n\x07\x66\x61ilure\x18\x03 \x03(\x0b\x32\x1c.modelfsd.etcd_rpc.RequestOp"\x85\x01\n\x0bTxnResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x11\n\tsucceeded\x18\x02 \x01(\x08\x12\x30\n\tresponses\x18\x03 \x03(\x0b\x32\x1d.modelfsd.etcd_rpc.ResponseOp"7\n\x11\x43ompactionRequest\x12\x10\n\x08revision\x18\x01 \x01(\x03\x12\x10\n\x08physical\x18\x02 \x01(\x08"G\n\x12\x43ompactionResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader"\xe6\x01\n\x0cWatchRequest\x12?\n\x0e\x63reate_request\x18\x01 \x01(\x0b\x32%.modelfsd.etcd_rpc.WatchCreateRequestH\x00\x12?\n\x0e\x63\x61ncel_request\x18\x02 \x01(\x0b\x32%.modelfsd.etcd_rpc.WatchCancelRequestH\x00\x12\x43\n\x10progress_request\x18\x03 \x01(\x0b\x32\'.modelfsd.etcd_rpc.WatchProgressRequestH\x00\x42\x0f\n\rrequest_union"\x89\x01\n\x12WatchCreateRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\x11\n\trange_end\x18\x02 \x01(\x0c\x12\x16\n\x0estart_revision\x18\x03 \x01(\x03\x12\x17\n\x0fprogress_notify\x18\x04 \x01(\x08\x12\x10\n\x08watch_id\x18\x07 \x01(\x03\x12\x10\n\x08\x66ragment\x18\x08 \x01(\x08"&\n\x12WatchCancelRequest\x12\x10\n\x08watch_id\x18\x01 \x01(\x03"\x16\n\x14WatchProgressRequest"\xe4\x01\n\rWatchResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x10\n\x08watch_id\x18\x02 \x01(\x03\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x08\x12\x10\n\x08\x63\x61nceled\x18\x04 \x01(\x08\x12\x18\n\x10\x63ompact_revision\x18\x05 \x01(\x03\x12\x15\n\rcancel_reason\x18\x06 \x01(\t\x12\x10\n\x08\x66ragment\x18\x07 \x01(\x08\x12(\n\x06\x65vents\x18\x0b \x03(\x0b\x32\x18.modelfsd.etcd_rpc.Event",\n\x11LeaseGrantRequest\x12\x0b\n\x03TTL\x18\x01 \x01(\x03\x12\n\n\x02ID\x18\x02 \x01(\x03"o\n\x12LeaseGrantResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03\x12\r\n\x05\x65rror\x18\x04 \x01(\t" \n\x12LeaseRevokeRequest\x12\n\n\x02ID\x18\x01 \x01(\x03"H\n\x13LeaseRevokeResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader"#\n\x15LeaseKeepAliveRequest\x12\n\n\x02ID\x18\x01 \x01(\x03"d\n\x16LeaseKeepAliveResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\n\n\x02ID\x18\x02 \x01(\x03\x12\x0b\n\x03TTL\x18\x03 \x01(\x03"[\n\x06Member\x12\n\n\x02ID\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08peerURLs\x18\x03 \x03(\t\x12\x12\n\nclientURLs\x18\x04 \x03(\t\x12\x11\n\tisLearner\x18\x05 \x01(\x08"7\n\x10MemberAddRequest\x12\x10\n\x08peerURLs\x18\x01 \x03(\t\x12\x11\n\tisLearner\x18\x02 \x01(\x08"\x9d\x01\n\x11MemberAddResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12)\n\x06member\x18\x02 \x01(\x0b\x32\x19.modelfsd.etcd_rpc.Member\x12*\n\x07members\x18\x03 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member"!\n\x13MemberRemoveRequest\x12\n\n\x02ID\x18\x01 \x01(\x04"u\n\x14MemberRemoveResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member"3\n\x13MemberUpdateRequest\x12\n\n\x02ID\x18\x01 \x01(\x04\x12\x10\n\x08peerURLs\x18\x02 \x03(\t"u\n\x14MemberUpdateResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member"\x13\n\x11MemberListRequest"s\n\x12MemberListResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member""\n\x14MemberPromoteRequest\x12\n\n\x02ID\x18\x01 \x01(\x04"v\n\x15MemberPromoteResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12*\n\x07members\x18\x02 \x03(\x0b\x32\x19.modelfsd.etcd_rpc.Member"\x0f\n\rStatusRequest"\xeb\x01\n\x0eStatusResponse\x12\x31\n\x06header\x18\x01 \x01(\x0b\x32!.modelfsd.etcd_rpc.ResponseHeader\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x62Size\x18\x03 \x01(\x03\x12\x0e\n\x06leader\x18\x04 \x01(\x04\x12\x11\n\traftIndex\x18\x05 \x01(\x04\x12\x10\n\x08raftTerm\x18\x06 \x01(\x04\x12\x18\n\x10raftAppliedIndex\x18\x07 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x08 \x03(\t\x12\x13\n\x0b\x64\x62SizeInUse\x18\t \x01(\x03\x12\x11\n\tisLearner\x18\n \x01(\x08\x62\x06proto3'
+)
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'etcd_rpc_pb2', _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "etcd_rpc_pb2", _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-  DESCRIPTOR._loaded_options = None
-  _globals['_KEYVALUE']._serialized_start=37
-  _globals['_KEYVALUE']._serialized_end=154
-  _globals['_EVENT']._serialized_start=157
-  _globals['_EVENT']._serialized_end=289
-  _globals['_EVENT_EVENTTYPE']._serialized_start=257
-  _globals['_EVENT_EVENTTYPE']._serialized_end=289
-  _globals['_RESPONSEHEADER']._serialized_start=291
-  _globals['_RESPONSEHEADER']._serialized_end=383
-  _globals['_RANGEREQUEST']._serialized_start=385
-  _globals['_RANGEREQUEST']._serialized_end=486
-  _globals['_RANGERESPONSE']._serialized_start=489
-  _globals['_RANGERESPONSE']._serialized_end=626
-  _globals['_PUTREQUEST']._serialized_start=628
-  _globals['_PUTREQUEST']._serialized_end=683
-  _globals['_PUTRESPONSE']._serialized_start=685
-  _globals['_PUTRESPONSE']._serialized_end=749
-  _globals['_DELETERANGEREQUEST']._serialized_start=751
-  _globals['_DELETERANGEREQUEST']._serialized_end=803
-  _globals['_DELETERANGERESPONSE']._serialized_start=805
-  _globals['_DELETERANGERESPONSE']._serialized_end=894
-  _globals['_REQUESTOP']._serialized_start=897
-  _globals['_REQUESTOP']._serialized_end=1102
-  _globals['_RESPONSEOP']._serialized_start=1105
-  _globals['_RESPONSEOP']._serialized_end=1318
-  _globals['_COMPARE']._serialized_start=1321
-  _globals['_COMPARE']._serialized_end=1737
-  _globals['_COMPARE_COMPARERESULT']._serialized_start=1584
-  _globals['_COMPARE_COMPARERESULT']._serialized_end=1648
-  _globals['_COMPARE_COMPARETARGET']._serialized_start=1650
-  _globals['_COMPARE_COMPARETARGET']._serialized_end=1721
-  _globals['_TXNREQUEST']._serialized_start=1740
-  _globals['_TXNREQUEST']._serialized_end=1891
-  _globals['_TXNRESPONSE']._serialized_start=1894
-  _globals['_TXNRESPONSE']._serialized_end=2027
-  _globals['_COMPACTIONREQUEST']._serialized_start=2029
-  _globals['_COMPACTIONREQUEST']._serialized_end=2084
-  _globals['_COMPACTIONRESPONSE']._serialized_start=2086
-  _globals['_COMPACTIONRESPONSE']._serialized_end=2157
-  _globals['_WATCHREQUEST']._serialized_start=2160
-  _globals['_WATCHREQUEST']._serialized_end=2390
-  _globals['_WATCHCREATEREQUEST']._serialized_start=2393
-  _globals['_WATCHCREATEREQUEST']._serialized_end=2530
-  _globals['_WATCHCANCELREQUEST']._serialized_start=2532
-  _globals['_WATCHCANCELREQUEST']._serialized_end=2570
-  _globals['_WATCHPROGRESSREQUEST']._serialized_start=2572
-  _globals['_WATCHPROGRESSREQUEST']._serialized_end=2594
-  _globals['_WATCHRESPONSE']._serialized_start=2597
-  _globals['_WATCHRESPONSE']._serialized_end=2825
-  _globals['_LEASEGRANTREQUEST']._serialized_start=2827
-  _globals['_LEASEGRANTREQUEST']._serialized_end=2871
-  _globals['_LEASEGRANTRESPONSE']._serialized_start=2873
-  _globals['_LEASEGRANTRESPONSE']._serialized_end=2984
-  _globals['_LEASEREVOKEREQUEST']._serialized_start=2986
-  _globals['_LEASEREVOKEREQUEST']._serialized_end=3018
-  _globals['_LEASEREVOKERESPONSE']._serialized_start=3020
-  _globals['_LEASEREVOKERESPONSE']._serialized_end=3092
-  _globals['_LEASEKEEPALIVEREQUEST']._serialized_start=3094
-  _globals['_LEASEKEEPALIVEREQUEST']._serialized_end=3129
-  _globals['_LEASEKEEPALIVERESPONSE']._serialized_start=3131
-  _globals['_LEASEKEEPALIVERESPONSE']._serialized_end=3231
-  _globals['_MEMBER']._serialized_start=3233
-  _globals['_MEMBER']._serialized_end=3324
-  _globals['_MEMBERADDREQUEST']._serialized_start=3326
-  _globals['_MEMBERADDREQUEST']._serialized_end=3381
-  _globals['_MEMBERADDRESPONSE']._serialized_start=3384
-  _globals['_MEMBERADDRESPONSE']._serialized_end=3541
-  _globals['_MEMBERREMOVEREQUEST']._serialized_start=3543
-  _globals['_MEMBERREMOVEREQUEST']._serialized_end=3576
-  _globals['_MEMBERREMOVERESPONSE']._serialized_start=3578
-  _globals['_MEMBERREMOVERESPONSE']._serialized_end=3695
-  _globals['_MEMBERUPDATEREQUEST']._serialized_start=3697
-  _globals['_MEMBERUPDATEREQUEST']._serialized_end=3748
-  _globals['_MEMBERUPDATERESPONSE']._serialized_start=3750
-  _globals['_MEMBERUPDATERESPONSE']._serialized_end=3867
-  _globals['_MEMBERLISTREQUEST']._serialized_start=3869
-  _globals['_MEMBERLISTREQUEST']._serialized_end=3888
-  _globals['_MEMBERLISTRESPONSE']._serialized_start=3890
-  _globals['_MEMBERLISTRESPONSE']._serialized_end=4005
-  _globals['_MEMBERPROMOTEREQUEST']._serialized_start=4007
-  _globals['_MEMBERPROMOTEREQUEST']._serialized_end=4041
-  _globals['_MEMBERPROMOTERESPONSE']._serialized_start=4043
-  _globals['_MEMBERPROMOTERESPONSE']._serialized_end=4161
-  _globals['_STATUSREQUEST']._serialized_start=4163
-  _globals['_STATUSREQUEST']._serialized_end=4178
-  _globals['_STATUSRESPONSE']._serialized_start=4181
-  _globals['_STATUSRESPONSE']._serialized_end=4416
+    DESCRIPTOR._loaded_options = None
+    _globals["_KEYVALUE"]._serialized_start = 37
+    _globals["_KEYVALUE"]._serialized_end = 154
+    _globals["_EVENT"]._serialized_start = 157
+    _globals["_EVENT"]._serialized_end = 289
+    _globals["_EVENT_EVENTTYPE"]._serialized_start = 257
+    _globals["_EVENT_EVENTTYPE"]._serialized_end = 289
+    _globals["_RESPONSEHEADER"]._serialized_start = 291
+    _globals["_RESPONSEHEADER"]._serialized_end = 383
+    _globals["_RANGEREQUEST"]._serialized_start = 385
+    _globals["_RANGEREQUEST"]._serialized_end = 486
+    _globals["_RANGERESPONSE"]._serialized_start = 489
+    _globals["_RANGERESPONSE"]._serialized_end = 626
+    _globals["_PUTREQUEST"]._serialized_start = 628
+    _globals["_PUTREQUEST"]._serialized_end = 683
+    _globals["_PUTRESPONSE"]._serialized_start = 685
+    _globals["_PUTRESPONSE"]._serialized_end = 749
+    _globals["_DELETERANGEREQUEST"]._serialized_start = 751
+    _globals["_DELETERANGEREQUEST"]._serialized_end = 803
+    _globals["_DELETERANGERESPONSE"]._serialized_start = 805
+    _globals["_DELETERANGERESPONSE"]._serialized_end = 894
+    _globals["_REQUESTOP"]._serialized_start = 897
+    _globals["_REQUESTOP"]._serialized_end = 1102
+    _globals["_RESPONSEOP"]._serialized_start = 1105
+    _globals["_RESPONSEOP"]._serialized_end = 1318
+    _globals["_COMPARE"]._serialized_start = 1321
+    _globals["_COMPARE"]._serialized_end = 1737
+    _globals["_COMPARE_COMPARERESULT"]._serialized_start = 1584
+    _globals["_COMPARE_COMPARERESULT"]._serialized_end = 1648
+    _globals["_COMPARE_COMPARETARGET"]._serialized_start = 1650
+    _globals["_COMPARE_COMPARETARGET"]._serialized_end = 1721
+    _globals["_TXNREQUEST"]._serialized_start = 1740
+    _globals["_TXNREQUEST"]._serialized_end = 1891
+    _globals["_TXNRESPONSE"]._serialized_start = 1894
+    _globals["_TXNRESPONSE"]._serialized_end = 2027
+    _globals["_COMPACTIONREQUEST"]._serialized_start = 2029
+    _globals["_COMPACTIONREQUEST"]._serialized_end = 2084
+    _globals["_COMPACTIONRESPONSE"]._serialized_start = 2086
+    _globals["_COMPACTIONRESPONSE"]._serialized_end = 2157
+    _globals["_WATCHREQUEST"]._serialized_start = 2160
+    _globals["_WATCHREQUEST"]._serialized_end = 2390
+    _globals["_WATCHCREATEREQUEST"]._serialized_start = 2393
+    _globals["_WATCHCREATEREQUEST"]._serialized_end = 2530
+    _globals["_WATCHCANCELREQUEST"]._serialized_start = 2532
+    _globals["_WATCHCANCELREQUEST"]._serialized_end = 2570
+    _globals["_WATCHPROGRESSREQUEST"]._serialized_start = 2572
+    _globals["_WATCHPROGRESSREQUEST"]._serialized_end = 2594
+    _globals["_WATCHRESPONSE"]._serialized_start = 2597
+    _globals["_WATCHRESPONSE"]._serialized_end = 2825
+    _globals["_LEASEGRANTREQUEST"]._serialized_start = 2827
+    _globals["_LEASEGRANTREQUEST"]._serialized_end = 2871
+    _globals["_LEASEGRANTRESPONSE"]._serialized_start = 2873
+    _globals["_LEASEGRANTRESPONSE"]._serialized_end = 2984
+    _globals["_LEASEREVOKEREQUEST"]._serialized_start = 2986
+    _globals["_LEASEREVOKEREQUEST"]._serialized_end = 3018
+    _globals["_LEASEREVOKERESPONSE"]._serialized_start = 3020
+    _globals["_LEASEREVOKERESPONSE"]._serialized_end = 3092
+    _globals["_LEASEKEEPALIVEREQUEST"]._serialized_start = 3094
+    _globals["_LEASEKEEPALIVEREQUEST"]._serialized_end = 3129
+    _globals["_LEASEKEEPALIVERESPONSE"]._serialized_start = 3131
+    _globals["_LEASEKEEPALIVERESPONSE"]._serialized_end = 3231
+    _globals["_MEMBER"]._serialized_start = 3233
+    _globals["_MEMBER"]._serialized_end = 3324
+    _globals["_MEMBERADDREQUEST"]._serialized_start = 3326
+    _globals["_MEMBERADDREQUEST"]._serialized_end = 3381
+    _globals["_MEMBERADDRESPONSE"]._serialized_start = 3384
+    _globals["_MEMBERADDRESPONSE"]._serialized_end = 3541
+    _globals["_MEMBERREMOVEREQUEST"]._serialized_start = 3543
+    _globals["_MEMBERREMOVEREQUEST"]._serialized_end = 3576
+    _globals["_MEMBERREMOVERESPONSE"]._serialized_start = 3578
+    _globals["_MEMBERREMOVERESPONSE"]._serialized_end = 3695
+    _globals["_MEMBERUPDATEREQUEST"]._serialized_start = 3697
+    _globals["_MEMBERUPDATEREQUEST"]._serialized_end = 3748
+    _globals["_MEMBERUPDATERESPONSE"]._serialized_start = 3750
+    _globals["_MEMBERUPDATERESPONSE"]._serialized_end = 3867
+    _globals["_MEMBERLISTREQUEST"]._serialized_start = 3869
+    _globals["_MEMBERLISTREQUEST"]._serialized_end = 3888
+    _globals["_MEMBERLISTRESPONSE"]._serialized_start = 3890
+    _globals["_MEMBERLISTRESPONSE"]._serialized_end = 4005
+    _globals["_MEMBERPROMOTEREQUEST"]._serialized_start = 4007
+    _globals["_MEMBERPROMOTEREQUEST"]._serialized_end = 4041
+    _globals["_MEMBERPROMOTERESPONSE"]._serialized_start = 4043
+    _globals["_MEMBERPROMOTERESPONSE"]._serialized_end = 4161
+    _globals["_STATUSREQUEST"]._serialized_start = 4163
+    _globals["_STATUSREQUEST"]._serialized_end = 4178
+    _globals["_STATUSRESPONSE"]._serialized_start = 4181
+    _globals["_STATUSRESPONSE"]._serialized_end = 4416
 # @@protoc_insertion_point(module_scope)

@@ -6,6 +6,7 @@ own, and waits. Child and parent share a pipe, on which the child writes JSON li
     {"progress": text}    what it is doing now: the messages of its log, while it starts
     {"ready": text}       the mount is there: the parent exits with 0
     {"error": text}       it gave up, and why: the parent repeats that and fails
+    {"mistake": text}     the same, where the user or the machine's set-up is wrong
 
 A child that ends without a last word left it in its log.
 
@@ -49,7 +50,7 @@ def launch(config: Config, show: Callable[[str], None], environ: Mapping[str, st
     """Start the daemon in the background and wait until it is ready.
 
     `show` gets each line of progress. Returns what the daemon says of itself. Raises
-    `LaunchFailed`; a daemon that failed or was interrupted is gone by then.
+    `LaunchFailed`, or the daemon's own `UserError`; a daemon that failed is gone by then.
     """
     rotate_log(config.log_path)
     log_start = config.log_path.stat().st_size if config.log_path.exists() else 0
@@ -112,6 +113,8 @@ def _await_ready(pipe: int, config: Config, log_start: int, show: Callable[[str]
                 return str(message["ready"])
             if "error" in message:
                 raise LaunchFailed(str(message["error"]))
+            if "mistake" in message:
+                raise UserError(str(message["mistake"]))
             show(str(message["progress"]))
 
 
@@ -179,9 +182,12 @@ class Reporter(logging.Handler):
         self._send("ready", text)
         self.hang_up()
 
-    def error(self, text: str) -> None:
+    def error(self, error: Exception) -> None:
         """The daemon gives up."""
-        self._send("error", text)
+        if isinstance(error, ModelfsError):
+            self._send("mistake" if isinstance(error, UserError) else "error", str(error))
+        else:
+            self._send("error", f"internal error: {type(error).__name__}: {error}")
         self.hang_up()
 
     def hang_up(self) -> None:

@@ -21,10 +21,9 @@ import trio
 
 from modelfs.chunk import Buffer, ChunkRef, describe
 from modelfs.errors import (
-    ChunkMissing,
     MetadataUnavailable,
+    ModelfsError,
     OutOfSpace,
-    PeerRefused,
     PeerUnavailable,
     ReplicationFailed,
 )
@@ -111,7 +110,6 @@ class Replicator:
                     incarnation = incarnations.get(node)
                     nursery.start_soon(self._sync_node, node, incarnation, failed)
             for node in failed:
-                log.warning("%s failed before its copies were safe", self.chunks.name_of(node))
                 for placed in waiting[node].values():
                     await self._put_again(placed, replicas, placements)
 
@@ -121,7 +119,8 @@ class Replicator:
                 await trio.to_thread.run_sync(self.chunks.store.sync)
             else:
                 await self.chunks.peers.sync(node, incarnation)
-        except (PeerUnavailable, PeerRefused):
+        except (ModelfsError, OSError) as error:
+            log.warning("%s could not make its copies safe: %s", node, error)
             self.chunks.suspect(node)
             failed.append(node)
 
@@ -204,10 +203,11 @@ class _Attempt:
             except PeerUnavailable as error:
                 chunks.suspect(node)
                 self.failures.append(str(error))
-            except (PeerRefused, ChunkMissing) as error:
-                self.failures.append(str(error))
             except OutOfSpace as error:
                 self.is_out_of_space = True
+                self.failures.append(f"{chunks.name_of(node)}: {error}")
+            except (ModelfsError, OSError) as error:
+                log.warning("%s did not take a chunk: %s", chunks.name_of(node), error)
                 self.failures.append(f"{chunks.name_of(node)}: {error}")
             else:
                 self.copies.add(node)

@@ -239,7 +239,7 @@ class WorkingCopy:
             if not is_zeros(under):
                 await trio.to_thread.run_sync(_write_at, staged.path, under, start)
         data = await trio.to_thread.run_sync(
-            _read_at, staged.path, 0, length, limiter=self._limiter
+            _read_exactly, staged.path, length, limiter=self._limiter
         )
         if is_zeros(data):
             return None  # a hole
@@ -258,6 +258,11 @@ class WorkingCopy:
         }
         with open(self.directory / JOURNAL, "a") as journal:
             journal.write(json.dumps({"index": index, "chunk": chunk}) + "\n")
+
+    async def stage_inline_base(self) -> None:
+        """Contents that stood in the base's record become a chunk, now that they outgrew it."""
+        if self.base.inline and self._base_limit and 0 not in self.sealed:
+            await self._begin(0)
 
     async def inline_contents(self, size_max: int) -> bytes | None:
         """The whole contents, if they fit in an inode record."""
@@ -335,6 +340,16 @@ def _read_at(path: Path, offset: int, size: int) -> bytearray:
     finally:
         os.close(descriptor)
     return data
+
+
+def _read_exactly(path: Path, length: int) -> bytearray:
+    """A whole staging file, made `length` bytes long: the store may take it as it is."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(descriptor, length)
+    finally:
+        os.close(descriptor)
+    return _read_at(path, 0, length)
 
 
 def _cut_at(path: Path, size: int) -> None:

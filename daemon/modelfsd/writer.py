@@ -271,6 +271,7 @@ class WriteSession:
         )
         if fields.inline is not None:
             return fields
+        await copy.stage_inline_base()
         positions = copy.staged_positions()
 
         async def seal(position: int) -> None:
@@ -313,7 +314,7 @@ class WriteSession:
             log.error("%s was closed with writes that could not be committed: %s", self, error)
         async with self._leasing:
             if self.handles:
-                return  # opened again meanwhile
+                return  # opened again meanwhile, here and after each await below
             token, self._token = self._token, None
             if token is not None:
                 await self._writer.leases.drop(self.inode.ino, token)
@@ -323,7 +324,8 @@ class WriteSession:
                 await trio.to_thread.run_sync(self.copy.discard)
             else:
                 await trio.to_thread.run_sync(self.copy.keep, self._writer.lost_dir)
-            self._writer.end(self)
+            if not self.handles:
+                self._writer.end(self)
 
     def _raise_failure(self) -> None:
         if self.failure is not None:

@@ -149,7 +149,7 @@ def test_a_mount_that_hangs_is_recognised_from_outside(machine: Machine) -> None
     try:
         assert mounts.probe(str(machine.mountpoint), 0.5) is mounts.Health.HANGS
         done = machine.mount("second")
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "in use by process" in done.stderr
     finally:
         os.kill(machine.pid, signal.SIGCONT)
@@ -159,14 +159,15 @@ def test_a_mount_that_hangs_is_recognised_from_outside(machine: Machine) -> None
 def test_a_second_mount_of_one_mount_point_is_refused(machine: Machine) -> None:
     machine.mount()
     done = machine.mount("second", "--state-dir", str(machine.state_dir) + "2")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"is mounted already, by process {machine.pid}" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_node_that_gives_up_is_quoted(machine: Machine) -> None:
     done = machine.mount("fails")
-    assert done.returncode == 1
+    assert done.returncode == 2
+    assert done.stderr.count("ask it nicely") == 1
     assert done.stderr.endswith("modelfs: the cluster does not want us: ask it nicely\n")
     assert "Traceback" not in done.stderr
     assert Registry().find_by_mountpoint(machine.mountpoint) is None
