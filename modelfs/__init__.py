@@ -4,9 +4,9 @@ Everything here is pure: no sockets, no clock, no FUSE. Read it in this order:
 
 - ground: `errors`, `ids`, `limits`
 - values: `chunk` and `stripe` (how a file is cut), `extents`, `manifest` (one version of one
-  file), `inode` and `records` (what etcd holds), `keys` (where it holds it)
-- decisions: `placement` (which nodes hold a chunk), `mirror` (the namespace in memory),
-  `changes` (every change of the namespace, as one guarded transaction)
+  file), `inode` (the records that etcd holds), `keys` (where it holds them)
+- decisions: `placement` (which nodes hold a chunk), `access` (what to read ahead), `mirror` (the
+  namespace in memory), `changes` (every change of the namespace, as one guarded transaction)
 - machines: `wire` (bytes of the peer protocol)
 - seams: `ports`; and `testing`, the supported fakes and contract suites
 

@@ -18,7 +18,7 @@ import typer
 
 import modelfs
 from modelfs.errors import ModelfsError, UserError
-from modelfsd import launch, logs, preflight, show
+from modelfsd import launch, logs, preflight, sdnotify, show
 from modelfsd.config import Config, load_config
 from modelfsd.control import call
 from modelfsd.lab import lab_app
@@ -160,6 +160,8 @@ def _run_node(mountpoint: str, given: dict[str, Any], reporter: launch.Reporter)
     from modelfsd.node import run_node
 
     notifier = Notifier.from_environment(os.environ)
+    for variable in sdnotify.VARIABLES:  # etcd would tell systemd that it is ready
+        os.environ.pop(variable, None)
 
     def ready(text: str) -> None:
         logging.getLogger("modelfsd").removeHandler(reporter)

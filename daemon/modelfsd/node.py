@@ -123,81 +123,96 @@ class Node:
         self._store, self._member, self._discovery = entered.store, entered.member, discovery
         self._nursery = nursery
         self._warnings: list[str] = []
+        path = config.state_dir / "namespace.sqlite"
+        self._replica = ReplicaFile(path, entered.identity.cluster)
+        self._feed = Feed(self._store, self._replica, entered.identity.node)
+        self._namespace = Namespace(self._store, self._feed, entered.identity.node)
 
     async def run(self, ready: Ready) -> None:
         """Start everything, serve until unmounted, stop everything."""
-        config, identity = self._config, self._identity
-        start_soon = self._nursery.start_soon
-        replica = ReplicaFile(config.state_dir / "namespace.sqlite", identity.cluster)
-        feed = Feed(self._store, replica, identity.node)
-        namespace = Namespace(self._store, feed, identity.node)
-        await _load_namespace(feed)
-        root = namespace.require(ROOT_INODE)
+        try:
+            await _load_namespace(self._feed)
+            await self._build_data_path()
+            self._build_kernel_side()
+            self._server.start(*self._config.listen)
+            try:
+                self._nursery.start_soon(self._feed.run)
+                self._nursery.start_soon(self._repairer.run, self._chunks)
+                await self._register()
+                await self._serve(ready)
+                await self._membership.leave()
+            finally:
+                await trio.to_thread.run_sync(self._server.stop)
+                self._peers.close()
+        finally:
+            self._replica.close()
 
-        disk = await trio.to_thread.run_sync(
+    async def _build_data_path(self) -> None:
+        """Chunks: on this node's disk, on the peers', and the way between."""
+        config, identity = self._config, self._identity
+        self._disk = await trio.to_thread.run_sync(
             DiskChunkStore, config.state_dir / "chunks", _cache_bytes(config)
         )
-        repairer = Repairer()
+        self._repairer = Repairer()
         self._peers = PeerClient(identity.cluster, identity.node, config.name)
-        chunks = Chunks(identity.node, feed.mirror, disk, self._peers, repairer.report)
-        replicator = Replicator(chunks)
-        contents = Contents(chunks, _read_memory_bytes(), start_soon)
-
-        notifier = Notifier()
-        inodes = KernelInodes(root)
-        cache = KernelCache(inodes, namespace, notifier)
-        leases = Leases(namespace, config.lock_wait_seconds, start_soon)
-        writer = Writer(
-            namespace, leases, contents, replicator, cache, config.state_dir, start_soon
+        self._chunks = Chunks(
+            identity.node, self._feed.mirror, self._disk, self._peers, self._repairer.report
         )
-        if kept := writer.keep_leftovers():
-            log.warning("%d files that were not committed are kept in %s", kept, writer.lost_dir)
-        tree = Tree(namespace, cache, config.replicas)
-        files = Files(namespace, cache, tree, contents, writer, start_soon)
-        myself = Self(
-            identity.node,
-            config.name,
-            *config.listen,
-            config.zone,
-            self._member.client_endpoint if self._member else "",
-        )
-        membership = Membership(myself, self._store, namespace, leases, self._peers, disk.usage)
-        for listener in (cache.on_changes, leases.on_changes, membership.on_changes):
-            feed.listen(listener)
-        feed.listen(self._on_changes)
-        membership.on_changes([NodeChanged(n, r) for n, r in feed.mirror.nodes.items()])
-        operations = Operations(feed.mirror, inodes, tree, files, _Space(config, feed))
-        self._mount = FuseMount(config, operations, notifier)
-        self._status = Status(
-            config,
-            identity,
-            feed.mirror,
-            self._store,
-            chunks,
-            contents,
-            lambda: feed.is_attached,
-            lambda: self._warnings,
-            os.getpid(),
-        )
-        server = PeerServer(
-            disk,
+        self._contents = Contents(self._chunks, _read_memory_bytes(), self._nursery.start_soon)
+        self._server = PeerServer(
+            self._disk,
             identity.cluster,
             identity.node,
             config.name,
             lambda: info_for_strangers(identity, self._store.endpoints),
-            repairer.report_from_thread,
+            self._repairer.report_from_thread,
         )
-        server.start(*config.listen)
-        try:
-            start_soon(feed.run)
-            start_soon(repairer.run, chunks)
-            await self._register(membership)
-            await self._serve(ready, files, writer)
-            await membership.leave()
-        finally:
-            server.stop()
-            self._peers.close()
-            replica.close()
+
+    def _build_kernel_side(self) -> None:
+        """The mount and what answers it, and the listeners that keep both true to the mirror."""
+        config, namespace, mirror = self._config, self._namespace, self._feed.mirror
+        start_soon = self._nursery.start_soon
+        notifier = Notifier()
+        inodes = KernelInodes(namespace.require(ROOT_INODE))
+        cache = KernelCache(inodes, namespace, notifier)
+        leases = Leases(namespace, config.lock_wait_seconds, start_soon)
+        self._writer = Writer(
+            namespace,
+            leases,
+            self._contents,
+            Replicator(self._chunks),
+            cache,
+            config.state_dir,
+            start_soon,
+        )
+        tree = Tree(namespace, cache, config.replicas)
+        self._files = Files(namespace, cache, tree, self._contents, self._writer, start_soon)
+        space = _Space(config, self._feed)
+        operations = Operations(mirror, inodes, tree, self._files, space)
+        self._mount = FuseMount(config, operations, notifier)
+        endpoint = self._member.client_endpoint if self._member else ""
+        myself = Self(self._identity.node, config.name, *config.listen, config.zone, endpoint)
+        self._membership = Membership(
+            myself, self._store, namespace, leases, self._peers, self._disk.usage
+        )
+        for listener in (cache, leases, self._membership):
+            self._feed.listen(listener.on_changes)
+        self._feed.listen(self._on_changes)
+        self._membership.on_changes([NodeChanged(n, r) for n, r in mirror.nodes.items()])
+        self._status = Status(
+            config,
+            self._identity,
+            mirror,
+            self._store,
+            self._chunks,
+            self._contents,
+            lambda: self._feed.is_attached,
+            lambda: self._warnings,
+            os.getpid(),
+        )
+        if kept := self._writer.keep_leftovers():
+            lost_dir = self._writer.lost_dir
+            log.warning("%d files that were not committed are kept in %s", kept, lost_dir)
 
     def _on_changes(self, changes: list[Change]) -> None:
         """Learn of other nodes' etcd, to find the cluster again after a restart."""
@@ -215,32 +230,32 @@ class Node:
             )
             identities.save(self._config.state_dir, self._identity)
 
-    async def _register(self, membership: Membership) -> None:
+    async def _register(self) -> None:
         """Register, or if etcd does not answer now, go on trying while reads are served."""
         try:
-            await membership.register()
+            await self._membership.register()
         except MetadataUnavailable as error:
             log.warning(
                 "starting without etcd (%s): reads only, of what this node knew last", error
             )
-            self._nursery.start_soon(self._register_later, membership)
+            self._nursery.start_soon(self._register_later)
             return
-        self._nursery.start_soon(membership.run)
+        self._nursery.start_soon(self._membership.run)
 
-    async def _register_later(self, membership: Membership) -> None:
+    async def _register_later(self) -> None:
         while True:
             await trio.sleep(1)
             try:
-                await membership.register()
+                await self._membership.register()
             except MetadataUnavailable as error:
                 log.debug("still no etcd: %s", error)
                 continue
             log.info("etcd is back: this node is registered")
-            return await membership.run()
+            return await self._membership.run()
 
     # ------------------------------------------------------------ mounted
 
-    async def _serve(self, ready: Ready, files: Files, writer: Writer) -> None:
+    async def _serve(self, ready: Ready) -> None:
         """Mount, and answer the kernel until the mount is gone."""
         handlers = {"status": self._status.status, "info": self._status.info, "stop": self._stop}
         control = ControlServer(self._config.control_path, handlers)
@@ -252,7 +267,7 @@ class Node:
                 nursery.start_soon(self._announce_ready, ready)
                 await self._mount.serve()
                 log.info("unmounted")
-                await _settle(files, writer)
+                await _settle(self._files, self._writer)
                 nursery.cancel_scope.cancel()
         finally:
             self._mount.close()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 log = logging.getLogger(__name__)
 
 SEND_SECONDS = 1.0
+VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")  # not for children
 
 
 @dataclass(slots=True)

@@ -119,7 +119,7 @@ def info_view(info: dict[str, Any]) -> RenderableType:
     elif info.get("chunk_count"):
         facts.add_row(
             "contents",
-            f"{_count(info['chunk_count'], 'chunk')} of {_size(info.get('chunk_bytes'))}, "
+            f"{_count(info['chunk_count'], 'chunk')} of up to {_size(info.get('chunk_bytes'))}, "
             f"{_said(info.get('replicas'))} copies each",
         )
         facts.add_row("manifest", _said(info.get("manifest")))

@@ -159,7 +159,13 @@ def test_status_of_another_version_is_shown_as_far_as_it_goes(missing: str | Non
 
 def test_info_shows_which_node_holds_what() -> None:
     text = rendered(show.info_view(INFO))
-    for fact in ("inode", "77, version 2", "2,304 chunks of 4.00 MiB", "0-9 12", "3 chunks with"):
+    for fact in (
+        "inode",
+        "77, version 2",
+        "2,304 chunks of up to 4.00 MiB",
+        "0-9 12",
+        "3 chunks with",
+    ):
         assert fact in text
     inline = {**INFO, "inline": True, "nodes": []}
     assert "in the inode record" in rendered(show.info_view(inline))
