@@ -11,29 +11,32 @@ A copy that fails its checksum is never returned. Its holder is told, and repair
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
-from modelfs.chunk import ChunkRef
+from modelfs.chunk import ChunkRef, block_table
 from modelfs.errors import (
     ChunkMissing,
     ChunkUnavailable,
     CorruptChunk,
+    ModelfsError,
     PeerRefused,
     PeerUnavailable,
 )
-from modelfs.ids import NodeId
+from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import PEER_PATIENCE_SECONDS, PEER_SILENCE_SECONDS
 from modelfs.manifest import PlacedChunk
 from modelfs.mirror import Mirror
 from modelfs.placement import PlacementMap
-from modelfs.ports import ChunkStore, PeerTransport
+from modelfs.ports import ChunkStore, Holding, PeerTransport
 
 log = logging.getLogger(__name__)
 
 SUSPICION_SECONDS = 5.0  # for how long a node that did not answer is asked last
+FETCHES_REMEMBERED = 65_536  # chunks fetched once: 256 GiB of files, in 10 MiB of memory
 LOCAL_READS_MAX = 16  # threads that read the local store at once
 
 
@@ -57,9 +60,13 @@ class Chunks:
         store: ChunkStore,
         peers: PeerTransport,
         damaged: Callable[[ChunkRef], None],
+        run_in_background: Callable[..., None],
     ) -> None:
         self.node_id, self.mirror, self.store, self.peers = node_id, mirror, store, peers
         self._damaged = damaged
+        self._start = run_in_background
+        self._fetched_once: OrderedDict[ChunkId, None] = OrderedDict()
+        self._caching = trio.CapacityLimiter(1)
         self._suspected_until: dict[NodeId, float] = {}
         self._local = trio.CapacityLimiter(LOCAL_READS_MAX)
         self._local_bytes = self._remote_bytes = self._failovers = self._corrupt = 0
@@ -106,6 +113,8 @@ class Chunks:
         except (ChunkMissing, CorruptChunk):
             data = await self._read_there(placed, replicas, start, size)
             self._remote_bytes += size
+            if size == placed.ref.length:
+                self._consider_caching(placed.ref, data)
         else:
             self._local_bytes += size
         return data
@@ -151,6 +160,34 @@ class Chunks:
         reasons = {**silent, **hopeless}
         told = "; ".join(f"{self.name_of(node)}: {why}" for node, why in reasons.items())
         raise ChunkUnavailable(placed.ref.id, told or "no other node is known")
+
+    def _consider_caching(self, ref: ChunkRef, data: memoryview) -> None:
+        """Keep a chunk on this node's disk when it is fetched a second time.
+
+        Not the first: what is read once and then comes from the page cache is not worth the
+        write. A second fetch means that memory did not hold it.
+        """
+        if ref.id in self._fetched_once:
+            del self._fetched_once[ref.id]
+            if self._caching.available_tokens:
+                self._start(self._keep_cached, ref, data)
+            return
+        self._fetched_once[ref.id] = None
+        while len(self._fetched_once) > FETCHES_REMEMBERED:
+            self._fetched_once.popitem(last=False)
+
+    async def _keep_cached(self, ref: ChunkRef, data: memoryview) -> None:
+        try:
+            await trio.to_thread.run_sync(
+                self.store.put,
+                ref,
+                block_table(data),
+                data,
+                Holding.CACHED,
+                limiter=self._caching,
+            )
+        except (ModelfsError, OSError) as error:
+            log.info("chunk %s is not cached: %s", ref.id.hex()[:16], error)
 
     async def _report(self, node: NodeId, ref: ChunkRef, error: CorruptChunk) -> None:
         log.warning("%s; reading another replica", error)

@@ -50,13 +50,19 @@ class KernelCache:
             return
         if change.new is None:
             self.inodes.retire(inode)
-        elif self._namespace.is_own(change.origin):
+        elif self._namespace.is_own(change.origin) and not self._is_foreign_commit(inode, change):
             inode.record = change.new
         elif change.new.is_file and self._is_new_view(inode, change.new):
             self.retire(inode)
         else:
             inode.record = change.new
             self._notifier.forget_attributes(inode.id)
+
+    @staticmethod
+    def _is_foreign_commit(inode: KernelInode, change: InodeChanged) -> bool:
+        """Whether this node committed contents, but through another kernel inode than this one."""
+        assert change.new is not None
+        return inode.session is None and change.new.version != inode.record.version
 
     @staticmethod
     def _is_new_view(inode: KernelInode, record: Inode) -> bool:

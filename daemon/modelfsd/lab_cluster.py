@@ -77,11 +77,13 @@ class Lab:
         link_mbit: float | None = None,
         replicas: int = 2,
         arguments: Sequence[str] = (),
+        settings: str = "",
         show: Show = silent,
     ) -> Lab:
         """Start a lab; returns when every node is mounted and sees all the others.
 
-        `arguments` are given to every node's `modelfs mount` besides. Raises `UserError` for what
+        `arguments` are given to every node's `modelfs mount` besides; `settings` is what stands
+        in the lab's settings file, for example `lock_wait = "2s"`. Raises `UserError` for what
         cannot be, and `LabFailed` or `NetworkFailed` for what went wrong; nothing is left then.
         """
         root = Path(os.path.realpath(root))
@@ -93,7 +95,7 @@ class Lab:
         root.mkdir(parents=True, exist_ok=True)
         lab._state.save()
         try:
-            lab._build()
+            lab._build(settings)
         except BaseException:
             lab.down()
             raise
@@ -210,8 +212,8 @@ class Lab:
 
     # ------------------------------------------------------------ inside
 
-    def _build(self) -> None:
-        (self.root / CONFIG_FILE).touch()
+    def _build(self, settings: str) -> None:
+        (self.root / CONFIG_FILE).write_text(settings, encoding="utf-8")
         for node in self.nodes:
             node.mount.mkdir(parents=True)
             node.state_dir.mkdir(mode=0o700)

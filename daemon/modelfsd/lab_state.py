@@ -2,7 +2,7 @@
 
     <root>/lab.json          this state; written whole (temporary name, rename), before anything
                              is started, so that `lab down` always knows what to take away
-    <root>/modelfs.toml      an empty settings file: the machine's own does not apply to a lab
+    <root>/modelfs.toml      the settings of all nodes: the machine's own do not apply to a lab
     <root>/n1/mnt            node n1's mount point
     <root>/n1/state          its state directory, with its log and its admin socket
 

@@ -65,18 +65,23 @@ class Leases:
         token = self._reserved.pop(ino, None)
         if token is not None and self._is_held(ino, token):
             return self.hold(ino, on_loss)
-        with trio.move_on_after(self._wait_seconds):
-            while True:
-                try:
-                    await self._namespace.change(
-                        lambda mirror: changes.take_lease(
-                            mirror, ino, self._namespace.node_id, self.etcd_lease
-                        )
+        deadline = trio.current_time() + self._wait_seconds
+        while True:
+            try:
+                await self._namespace.change(
+                    lambda mirror: changes.take_lease(
+                        mirror, ino, self._namespace.node_id, self.etcd_lease
                     )
-                except EntryExists:
+                )
+            except EntryExists:
+                # Only this wait is cut short: a lease taken by a cancelled change would have
+                # nobody to give it back.
+                with trio.move_on_at(deadline):
                     await self._wait_for_release(ino)
-                else:
-                    return self.hold(ino, on_loss)
+                if trio.current_time() >= deadline:
+                    break
+            else:
+                return self.hold(ino, on_loss)
         held = self._namespace.mirror.lease(ino)
         path = self._namespace.mirror.path_of(ino)
         log.info("/%s is being written by node %s", path.decode(errors="replace"), held and held[0])

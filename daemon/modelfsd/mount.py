@@ -73,6 +73,7 @@ class FuseMount:
         return await trio.to_thread.run_sync(self._tune)
 
     def _tune(self) -> list[str]:
+        os.stat(self._mountpoint)  # returns once the mount answers
         mount = mounts.mount_at(self._mountpoint)
         if mount is None:
             return ["the mount is not in the mount table"]

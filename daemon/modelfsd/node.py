@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import trio
@@ -156,7 +156,12 @@ class Node:
         self._repairer = Repairer()
         self._peers = PeerClient(identity.cluster, identity.node, config.name)
         self._chunks = Chunks(
-            identity.node, self._feed.mirror, self._disk, self._peers, self._repairer.report
+            identity.node,
+            self._feed.mirror,
+            self._disk,
+            self._peers,
+            self._repairer.report,
+            self._nursery.start_soon,
         )
         self._contents = Contents(self._chunks, _read_memory_bytes(), self._nursery.start_soon)
         self._server = PeerServer(
@@ -173,7 +178,7 @@ class Node:
         config, namespace, mirror = self._config, self._namespace, self._feed.mirror
         start_soon = self._nursery.start_soon
         notifier = Notifier()
-        inodes = KernelInodes(namespace.require(ROOT_INODE))
+        inodes = self._inodes = KernelInodes(namespace.require(ROOT_INODE))
         cache = KernelCache(inodes, namespace, notifier)
         leases = Leases(namespace, config.lock_wait_seconds, start_soon)
         self._writer = Writer(
@@ -188,8 +193,8 @@ class Node:
         tree = Tree(namespace, cache, config.replicas)
         self._files = Files(namespace, cache, tree, self._contents, self._writer, start_soon)
         space = _Space(config, self._feed)
-        operations = Operations(mirror, inodes, tree, self._files, space)
-        self._mount = FuseMount(config, operations, notifier)
+        self._operations = Operations(mirror, inodes, tree, self._files, space)
+        self._mount = FuseMount(config, self._operations, notifier)
         endpoint = self._member.client_endpoint if self._member else ""
         myself = Self(self._identity.node, config.name, *config.listen, config.zone, endpoint)
         self._membership = Membership(
@@ -257,7 +262,12 @@ class Node:
 
     async def _serve(self, ready: Ready) -> None:
         """Mount, and answer the kernel until the mount is gone."""
-        handlers = {"status": self._status.status, "info": self._status.info, "stop": self._stop}
+        handlers = {
+            "status": self._status.status,
+            "info": self._status.info,
+            "counters": self._counters,
+            "stop": self._stop,
+        }
         control = ControlServer(self._config.control_path, handlers)
         self._mount.open()
         try:
@@ -295,6 +305,15 @@ class Node:
         """The handler of `modelfs umount`. Refuses while the mount is in use."""
         await self._mount.unmount()
         return {}
+
+    async def _counters(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What was counted since the start: the kernel's requests, and where chunks came from."""
+        return {
+            "requests": dict(self._operations.requests),
+            "chunks": asdict(self._chunks.statistics()),
+            "kernel_inodes": len(self._inodes),
+            "handles": len(self._files),
+        }
 
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

@@ -23,7 +23,7 @@ from modelfsd.contents import Contents
 from modelfsd.etcd import EtcdStore, MemberInfo
 from modelfsd.identity import Identity
 
-FILES_COUNTED_MAX = 100_000  # whose replicas `status` counts; beyond that it says "not counted"
+FILES_COUNTED_MAX = 10_000  # whose replicas `status` counts; beyond that it says "not counted"
 DB_QUOTA_BYTES = 8 << 30  # as given to the embedded etcd
 ETCD_SECONDS = 2.0
 

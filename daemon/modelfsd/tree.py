@@ -90,13 +90,20 @@ class Tree:
     ) -> Iterator[tuple[int, DirectoryEntry, KernelInode]]:
         """(position, entry, inode) from `start` on, without counting lookups.
 
-        An entry whose inode is gone by now is left out.
+        The kernel takes each entry as a lookup of its name. So a name is shown with what it means
+        now, not when the directory was opened, and one that is gone by now is left out.
         """
+        directory = entries[0].ino
         for position in range(start, len(entries)):
-            record = self._mirror.inode(entries[position].ino)
+            entry = entries[position]
+            if entry.name not in (b".", b".."):
+                child = self._mirror.child(directory, entry.name)
+                if child is None:
+                    continue
+                entry = DirectoryEntry(entry.name, child.ino)
+            record = self._mirror.inode(entry.ino)
             if record is not None:
-                inode = self._cache.inodes.show(entries[position].ino, record)
-                yield position, entries[position], inode
+                yield position, entry, self._cache.inodes.show(entry.ino, record)
 
     # ------------------------------------------------------------ changing
 

@@ -23,10 +23,10 @@ from msgspec.structs import replace
 
 from modelfs import changes
 from modelfs.chunk import Buffer, describe
-from modelfs.errors import ModelfsError, NoSuchEntry, StaleHandle, WriteLost
+from modelfs.errors import FileTooLarge, ModelfsError, NoSuchEntry, StaleHandle, WriteLost
 from modelfs.ids import Revision
 from modelfs.inode import Inode, ManifestRef
-from modelfs.limits import INLINE_BYTES_MAX, MIB
+from modelfs.limits import FILE_BYTES_MAX, INLINE_BYTES_MAX, MIB
 from modelfs.manifest import Manifest, PlacedChunk
 from modelfsd.budget import ByteBudget
 from modelfsd.contents import Contents, gather
@@ -122,6 +122,7 @@ class WriteSession:
             str(self),
         )
         self._token: Revision | None = None
+        self._is_unlinked = False  # its last name is gone: there is nothing to commit to
         self._leasing = trio.Lock()
         self._gate = SharedLock()  # WRITEs share it, a commit has it alone
 
@@ -147,14 +148,13 @@ class WriteSession:
             ino = self.inode.ino
             token = await self._writer.leases.take(ino, self._lose)
             latest = self._writer.namespace.mirror.inode(ino)
-            is_latest = latest is not None and latest.version == self.copy.base.version
-            if not is_latest or not self.inode.is_current:
+            if latest is None or latest.version != self.copy.base.version:
                 self._writer.leases.reserve(ino, token)
                 raise StaleHandle(ino)
             self._token = token
 
     def _lose(self, reason: str) -> None:
-        if self.copy.is_dirty:
+        if self.copy.is_dirty and not self._is_unlinked:
             self._poison(WriteLost(self.inode.ino, reason))
         else:
             self._token = None  # nothing was written: the next write may take it again
@@ -190,6 +190,8 @@ class WriteSession:
         """Set the size of the working copy."""
         async with self._gate.alone():
             self._raise_failure()
+            if size > FILE_BYTES_MAX:
+                raise FileTooLarge(self.inode.ino)  # nothing was changed, so nothing is lost
             if size == self.copy.size:
                 return
             try:
@@ -228,7 +230,7 @@ class WriteSession:
 
     async def flush(self) -> None:
         """Commit what was written, if anything was. Raises what keeps it from being committed."""
-        if not self.copy.is_dirty and self.failure is None:
+        if (not self.copy.is_dirty or self._is_unlinked) and self.failure is None:
             return
         async with self._gate.alone():
             self._raise_failure()
@@ -237,7 +239,7 @@ class WriteSession:
             try:
                 await self._commit()
             except NoSuchEntry:
-                self.copy.is_dirty = False  # unlinked meanwhile: readable here till the last close
+                self._is_unlinked = True  # readable here, from the copy, till the last close
             except (ModelfsError, OSError) as error:
                 self._poison(error)
                 raise
