@@ -8,9 +8,9 @@ whoever looks at the mirror sees what the listeners have been told.
 waits until the mirror has reached that revision. All callers that wait at the same time share one
 read; a caller never shares a read that began before it called.
 
-When etcd is out of reach for longer than a request may take (an election included), the feed is
-*detached*: `fresh` then raises at once instead of making every reader wait, until the watch is
-back.
+When the watch has been broken for longer than a request to etcd may take (an election included),
+the feed is *detached*: `fresh` then raises at once instead of making every reader wait, until the
+watch is back. A shorter break is waited out, since another node may commit meanwhile.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import trio
 from modelfs import keys
 from modelfs.errors import HistoryCompacted, MetadataUnavailable
 from modelfs.ids import Revision
+from modelfs.limits import ETCD_REQUEST_SECONDS
 from modelfs.mirror import Change, Mirror
 from modelfs.ports import MetadataStore, WatchBatch
 from modelfsd.replica_file import ReplicaFile
@@ -51,6 +52,7 @@ class Feed:
         self._waiters: list[tuple[Revision, int, trio.Event]] = []
         self._waiter_count = 0
         self._own_operations: OrderedDict[str, Revision] = OrderedDict()
+        self._broken_since: float | None = None  # trio's clock; None while the watch holds
         self._reading = trio.Lock()
         self._round: _Round | None = None
         self._to_file, self._file_batches = trio.open_memory_channel[WatchBatch | None](
@@ -83,17 +85,27 @@ class Feed:
                     log.info("the watch fell behind etcd's history: loading the namespace anew")
                     await self._reload_until_done()
                 except MetadataUnavailable as error:
-                    if self.is_attached:
-                        log.warning("the watch of the namespace broke (%s); reconnecting", error)
-                    self.is_attached = False
+                    self._note_break(error)
                 await trio.sleep(RETRY_SECONDS)
+
+    def _note_break(self, error: MetadataUnavailable) -> None:
+        now = trio.current_time()
+        if self._broken_since is None:
+            self._broken_since = now
+            if self.is_attached:
+                log.warning("the watch of the namespace broke (%s); reconnecting", error)
+        if self.is_attached and now - self._broken_since >= ETCD_REQUEST_SECONDS:
+            log.warning("etcd is out of reach: serving what this node knew last")
+            self.is_attached = False
 
     async def _watch(self) -> None:
         start = Revision(self.mirror.revision + 1)
         async with self._store.watch(b"", start) as batches:
-            if not self.is_attached:
+            # To have begun a watch proves nothing; this read needs the quorum.
+            await self._store.get(keys.SEQ)
+            if not self.is_attached or self._broken_since is not None:
                 log.info("watching the namespace from revision %d", start)
-            self.is_attached = True
+            self.is_attached, self._broken_since = True, None
             async for batch in batches:
                 if batch.events:
                     self._take(batch)
@@ -102,9 +114,9 @@ class Feed:
     def _take(self, batch: WatchBatch) -> None:
         for event in batch.events:
             if event.key == keys.SEQ and event.value is not None:
-                operation = event.value.decode("ascii", "replace")
-                if operation.startswith(self._node_id):
-                    self._own_operations[operation] = event.mod_revision
+                for operation in event.value.decode("ascii", "replace").split():
+                    if operation.startswith(self._node_id):
+                        self._own_operations[operation] = event.mod_revision
         while len(self._own_operations) > OPERATIONS_REMEMBERED:
             self._own_operations.popitem(last=False)
         self._announce(self.mirror.apply(batch.events))
@@ -117,7 +129,7 @@ class Feed:
                 await trio.sleep(RETRY_SECONDS)
 
     async def _reload(self) -> None:
-        revision, rows = await self._store.load(b"")
+        revision, rows = await self._store.load(b"", bare=keys.HISTORY_PREFIX)
         self.resyncs += 1
         self._announce(self.mirror.reload(revision, rows))
         await trio.to_thread.run_sync(self._replica.replace, revision, rows)
@@ -164,12 +176,15 @@ class Feed:
         """
         if not self.is_attached:
             raise MetadataUnavailable("no connection to etcd")
-        waiting = self._round
-        if waiting is None:
-            waiting = self._round = _Round()
-            await self._read(waiting)
-        else:
-            await waiting.done.wait()
+        while True:
+            waiting = self._round
+            if waiting is None:
+                waiting = self._round = _Round()
+                await self._read(waiting)
+            else:
+                await waiting.done.wait()
+            if not waiting.is_abandoned:
+                break
         if waiting.error is not None:
             raise MetadataUnavailable(str(waiting.error)) from waiting.error
         await self.reached(waiting.revision)
@@ -184,7 +199,7 @@ class Feed:
         except MetadataUnavailable as error:
             round_.error = error
         except BaseException:
-            round_.error = MetadataUnavailable("the shared read was cancelled")
+            round_.is_abandoned = True  # its other callers begin another one
             raise
         finally:
             if self._round is round_:
@@ -212,3 +227,4 @@ class _Round:
         self.done = trio.Event()
         self.revision = Revision(0)
         self.error: Exception | None = None
+        self.is_abandoned = False

@@ -1,0 +1,152 @@
+"""Group commit: transactions that wait at the same time share one.
+
+An etcd transaction costs a round of Raft and a synced log write, whatever it holds. So while some
+are under way, what arrives next is merged: the comparisons of all, the operations of all, and one
+`seq` with the operation ids of all. If the merged comparisons hold, every member has succeeded. If
+not, at least one member has lost a race, and each is sent again on its own: merging never changes
+what a transaction means, only what it costs.
+
+Two transactions may be merged if neither writes a key that the other compares or writes. The
+*blind* keys (a directory's times) are excepted: the last writer wins, as it would one after the
+other. A transaction that compares a range goes alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from modelfs import keys
+from modelfs.errors import MetadataUncertain, ModelfsError
+from modelfs.limits import TRANSACTION_OPS_MAX
+from modelfs.ports import MetadataStore, Put, Txn, TxnResult
+
+IN_FLIGHT_MAX = 2  # one on its way while one is being written; a third gained nothing
+MERGED_MAX = 24  # a create has 2 comparisons and 4 operations
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """One caller's transaction."""
+
+    txn: Txn
+    operation: str
+    done: trio.Event = field(default_factory=trio.Event)
+    result: TxnResult | None = None
+    error: ModelfsError | None = None
+
+
+class GroupCommit:
+    """Sends transactions to one store. `run_in_background` starts a task in the node's nursery."""
+
+    def __init__(self, store: MetadataStore, run_in_background: Callable[..., None]) -> None:
+        self._store, self._start = store, run_in_background
+        self._waiting: deque[_Ticket] = deque()
+        self._in_flight = 0
+        self.requests = 0
+
+    async def commit(self, txn: Txn, operation: str) -> TxnResult:
+        """Carry out a transaction, and put `seq` with the operation's id. Raises as the store."""
+        ticket = _Ticket(txn, operation)
+        self._waiting.append(ticket)
+        if self._in_flight < IN_FLIGHT_MAX:
+            self._in_flight += 1
+            self._start(self._send_all)
+        await ticket.done.wait()
+        if ticket.error is not None:
+            raise ticket.error
+        assert ticket.result is not None
+        return ticket.result
+
+    async def _send_all(self) -> None:
+        """Send batches until nobody waits."""
+        try:
+            while self._waiting:
+                batch = self._next_batch()
+                await self._send(batch)
+        finally:
+            self._in_flight -= 1
+
+    def _next_batch(self) -> list[_Ticket]:
+        """The first in the queue, and those behind it that can be merged with it."""
+        batch = [self._waiting.popleft()]
+        merged = _Footprint.of(batch[0].txn)
+        run = _run_of(batch[0].operation)
+        kept: deque[_Ticket] = deque()
+        while self._waiting and len(batch) < MERGED_MAX:
+            ticket = self._waiting.popleft()
+            footprint = _Footprint.of(ticket.txn)
+            if _run_of(ticket.operation) == run and merged.admits(footprint):
+                merged.add(footprint)
+                batch.append(ticket)
+            else:
+                kept.append(ticket)
+        self._waiting.extendleft(reversed(kept))
+        return batch
+
+    async def _send(self, batch: list[_Ticket]) -> None:
+        try:
+            result = await self._commit(batch)
+            if len(batch) > 1 and not result.succeeded:
+                for ticket in batch:
+                    await self._send([ticket])
+                return
+            for ticket in batch:
+                ticket.result = result
+        except ModelfsError as error:
+            for ticket in batch:
+                ticket.error = ticket.error or error
+        finally:
+            for ticket in batch:
+                if ticket.result is None and ticket.error is None:
+                    ticket.error = MetadataUncertain("the node is stopping")
+                ticket.done.set()
+
+    async def _commit(self, batch: list[_Ticket]) -> TxnResult:
+        self.requests += 1
+        compares = [compare for ticket in batch for compare in ticket.txn.compares]
+        ops = {op.key: op for ticket in batch for op in ticket.txn.ops}
+        ids = " ".join(ticket.operation for ticket in batch)
+        ops[keys.SEQ] = Put(keys.SEQ, ids.encode("ascii"))
+        return await self._store.commit(Txn(tuple(dict.fromkeys(compares)), tuple(ops.values())))
+
+
+def _run_of(operation: str) -> str:
+    """The part of an operation id that tells on whose behalf it is: never mixed in one `seq`."""
+    return operation.rpartition(":")[0]
+
+
+@dataclass(slots=True)
+class _Footprint:
+    """Which keys a transaction, or several, compares and writes."""
+
+    compared: set[bytes]
+    written: set[bytes]
+    compare_count: int
+    is_alone: bool
+
+    @classmethod
+    def of(cls, txn: Txn) -> _Footprint:
+        compared = {compare.key for compare in txn.compares}
+        written = {op.key for op in txn.ops if not op.key.startswith(keys.DIRTIME_PREFIX)}
+        # A directory's times are blind only where they are put: a removal goes with its inode.
+        ranged = any(compare.range_end is not None for compare in txn.compares)
+        return cls(compared, written, len(txn.compares), ranged)
+
+    def admits(self, other: _Footprint) -> bool:
+        if self.is_alone or other.is_alone:
+            return False
+        if self.compare_count + other.compare_count > TRANSACTION_OPS_MAX:
+            return False
+        if len(self.written) + len(other.written) > TRANSACTION_OPS_MAX // 2:
+            return False
+        clashes = self.written & (other.compared | other.written) or other.written & self.compared
+        return not clashes
+
+    def add(self, other: _Footprint) -> None:
+        self.compared |= other.compared
+        self.written |= other.written
+        self.compare_count += other.compare_count
