@@ -1,0 +1,170 @@
+"""Upkeep on a real cluster: short graces, real kernels, a killed node."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from modelfsd.lab import Lab
+from modelfsd.lab_state import LabNode
+from tests.mount.mount_parts import MIB, ask, forget_pages, make_whole, pattern, wait_until
+
+GRACE_SECONDS = 2
+SETTINGS = f'reclaim_grace = "{GRACE_SECONDS}s"\ndown_out = "3s"\nretain = "0s"\n'
+SWEEPS = 9  # more than two graces
+
+Held = dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def upkeep_lab(test_root: Path) -> Iterator[Lab]:
+    """A lab in a hurry."""
+    root = Path(tempfile.mkdtemp(prefix="upkeep-", dir=test_root))
+    with Lab.up(root, 3, settings=SETTINGS) as lab:
+        yield lab
+
+
+@pytest.fixture
+def lab(upkeep_lab: Lab) -> Iterator[Lab]:
+    """The lab, whole and empty."""
+    make_whole(upkeep_lab)
+    yield upkeep_lab
+    make_whole(upkeep_lab)
+    for path in upkeep_lab.nodes[0].mount.iterdir():
+        path.unlink()
+    wait_until(lambda: not any(held(upkeep_lab).values()), "empty stores")
+
+
+def held(lab: Lab) -> Held:
+    """Bytes of owned chunks on each node's disk."""
+    found = {}
+    for node in lab.nodes:
+        owned = node.state_dir / "chunks" / "owned"
+        found[node.name] = sum(
+            entry.stat().st_size for folder in os.scandir(owned) for entry in os.scandir(folder)
+        )
+    return found
+
+
+def wait_for_sweeps(nodes: list[LabNode], count: int) -> None:
+    """Wait until each node has finished so many sweeps that begin from now on."""
+    for node in nodes:
+        for _ in range(count):
+            last = swept_at(node)
+            wait_until(partial(_has_swept_since, node, last), "a sweep")
+
+
+def swept_at(node: LabNode) -> float:
+    """When the node's last sweep ended."""
+    time: float = ask(node, "status")["upkeep"]["swept_at"]
+    return time
+
+
+def _has_swept_since(node: LabNode, last: float) -> bool:
+    return swept_at(node) > last
+
+
+def random_bytes(size: int, seed: int) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def push_out(descriptor: int) -> None:
+    """Have the kernel send a file's dirty pages to the daemon; unlike fsync it commits nothing."""
+    before, write, after = 1, 2, 4  # SYNC_FILE_RANGE_*
+    libc = ctypes.CDLL(None, use_errno=True)
+    everything = ctypes.c_longlong(0)
+    done = libc.sync_file_range(descriptor, everything, everything, before | write | after)
+    assert done == 0, os.strerror(ctypes.get_errno())
+
+
+def test_the_space_of_a_deleted_file_comes_back_on_every_node(lab: Lab) -> None:
+    first, _, third = (node.mount for node in lab.nodes)
+    (first / "kept").write_bytes(random_bytes(3 * MIB, 1))
+    before = held(lab)
+    (first / "big").write_bytes(random_bytes(32 * MIB, 2))
+    assert sum(held(lab).values()) > sum(before.values()) + 64 * MIB
+    (third / "big").unlink()
+    wait_until(lambda: held(lab) == before, "the space of the deleted file")
+    for node in lab.nodes:
+        assert (node.mount / "kept").read_bytes() == random_bytes(3 * MIB, 1)
+    told = [ask(node, "status")["upkeep"] for node in lab.nodes]
+    assert sum(upkeep["freed_bytes"] for upkeep in told) >= 64 * MIB
+
+
+@pytest.mark.parametrize("how", ["unlink", "replace", "rewrite"])
+def test_an_open_version_is_read_to_its_last_byte_long_after_it_went(lab: Lab, how: str) -> None:
+    writer, reader, _ = (node.mount for node in lab.nodes)
+    size = 24 * MIB + 77
+    old = random_bytes(size, 3)
+    (writer / "f").write_bytes(old)
+    descriptor = os.open(reader / "f", os.O_RDONLY)
+    mapped = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+    second = os.open(reader / "f", os.O_RDONLY)
+    try:
+        assert os.pread(second, 4096, 0) == old[:4096]
+        if how == "unlink":
+            (writer / "f").unlink()
+        elif how == "replace":
+            (writer / "new").write_bytes(pattern(1, MIB))
+            (writer / "new").rename(writer / "f")
+        else:
+            (writer / "f").write_bytes(pattern(1, MIB))
+        wait_until(lambda: ask(lab.nodes[1], "status")["upkeep"]["pins"] == 1, "a pin")
+        wait_for_sweeps(list(lab.nodes), SWEEPS)
+        os.posix_fadvise(second, 0, 0, os.POSIX_FADV_DONTNEED)
+        assert b"".join(iter(lambda: os.read(second, MIB), b"")) == old
+        assert mapped[:] == old
+    finally:
+        mapped.close()
+        os.close(second)
+        os.close(descriptor)
+    wait_until(lambda: sum(held(lab).values()) < 3 * MIB, "the space of the closed version")
+    assert ask(lab.nodes[1], "status")["upkeep"]["pins"] == 0
+    if how != "unlink":
+        assert (reader / "f").read_bytes() == pattern(1, MIB)
+
+
+def test_a_slow_writer_commits_what_it_wrote_many_graces_ago(lab: Lab) -> None:
+    writer, reader, _ = (node.mount for node in lab.nodes)
+    data = random_bytes(20 * MIB, 4)
+    with (writer / "slow").open("wb", buffering=0) as file:
+        file.write(data[: 12 * MIB])
+        push_out(file.fileno())
+        wait_until(lambda: sum(held(lab).values()) > 8 * MIB, "early chunks on their nodes")
+        wait_for_sweeps(list(lab.nodes), SWEEPS)
+        assert (reader / "slow").stat().st_size == 0, "it was committed: this shows nothing"
+        file.write(data[12 * MIB :])
+    forget_pages(writer / "slow")
+    assert (reader / "slow").read_bytes() == data
+    assert (writer / "slow").read_bytes() == data
+    status = ask(lab.nodes[0], "status")
+    assert status["chunks_under_replicated"] == 0
+
+
+def test_a_dead_node_is_replaced_and_gets_its_chunks_back(lab: Lab) -> None:
+    first, _, third = lab.nodes
+    data = random_bytes(40 * MIB, 5)
+    (first.mount / "f").write_bytes(data)
+    home = held(lab)
+    assert home[third.name] > 0
+    lab.kill(third.name)
+    wait_until(
+        lambda: not all(node["up"] for node in ask(first, "status")["nodes"]), "n3 to be missed"
+    )
+    assert ask(first, "status")["chunks_under_replicated"] > 0
+    wait_until(lambda: ask(first, "status")["chunks_under_replicated"] == 0, "new copies")
+    (first.mount / "g").write_bytes(random_bytes(8 * MIB, 6))  # its copies are handed off
+    lab.start(third.name)
+    wait_until(lambda: held(lab)[third.name] > home[third.name], "the chunks written meanwhile")
+    (first.mount / "g").unlink()
+    wait_until(lambda: held(lab) == home, "everything at home again")
+    assert ask(first, "status")["chunks_under_replicated"] == 0
+    assert (third.mount / "f").read_bytes() == data
