@@ -4,9 +4,13 @@ Everything here is pure: no sockets, no clock, no FUSE. Read it in this order:
 
 - ground: `errors`, `ids`, `limits`
 - values: `chunk` and `stripe` (how a file is cut), `extents`, `manifest` (one version of one
-  file), `inode` (the records that etcd holds), `keys` (where it holds them)
-- decisions: `placement` (which nodes hold a chunk), `access` (what to read ahead), `mirror` (the
-  namespace in memory), `changes` (every change of the namespace, as one guarded transaction)
+  file), `inode` (the records that etcd holds), `keys` (where it holds them), `holdings` (what one
+  node has of it all)
+- decisions: `placement` (which nodes hold a chunk), `access` (what to read ahead), `history`
+  (what a name showed before), `mirror` (the namespace in memory), `policy` (what directories hand
+  down), `changes` (every change of the namespace, as one guarded transaction),
+  `xattrs` (those of extended attributes),
+  `reclaim` (which chunks may go), `repair` (who makes the copies that are missing)
 - machines: `wire` (bytes of the peer protocol)
 - seams: `ports`; and `testing`, the supported fakes and contract suites
 

@@ -14,6 +14,9 @@ Rules:
    two moves that would together make a cycle the second one sees the first.
 4. A commit of contents compares the lease (the fencing token) and the inode: so a writer that lost
    its lease, or never had the latest version, commits nothing.
+
+With a `Keep`, whatever makes a name stop showing some contents also puts what it showed into the
+name's history (see `history`); without one nothing is kept.
 """
 
 from __future__ import annotations
@@ -36,10 +39,12 @@ from modelfs.errors import (
     TooManyLinks,
     WriteLost,
 )
+from modelfs.history import DELETED, NAMES_KEPT_MAX, REPLACED, REWRITTEN
 from modelfs.ids import InodeNumber, NodeId, Revision
-from modelfs.inode import Dentry, Inode, check_name, encode, encode_dirtime
+from modelfs.inode import Dentry, Inode, Policy, check_name, encode, encode_dirtime
 from modelfs.limits import LINKS_MAX
-from modelfs.mirror import Child, Mirror, Row
+from modelfs.mirror import Child, Mirror, Name, Row
+from modelfs.policy import Keep, next_base
 from modelfs.ports import Compare, Delete, Put, Target, Txn
 
 Result = TypeVar("Result")
@@ -76,6 +81,15 @@ class _Draft:
     def delete(self, key: bytes) -> None:
         self.ops[key] = Delete(key)
 
+    def keep(
+        self, keep: Keep | None, mirror: Mirror, name: Name, ino: InodeNumber, why: str, now_ns: int
+    ) -> None:
+        """Put what a name shows now into its history. The caller compares the dentry or inode."""
+        record = mirror.inode(ino)
+        if keep is not None and record is not None:
+            for key, value in keep.entry(mirror, name, ino, record, why, now_ns):
+                self.put(key, value)
+
     def plan(self, result: Result) -> Plan[Result]:
         return Plan(Txn(tuple(self.compares), tuple(self.ops.values())), result)
 
@@ -107,19 +121,22 @@ def _touch(draft: _Draft, directory: InodeNumber, now_ns: int) -> None:
 
 
 def _link_name(
-    draft: _Draft, mirror: Mirror, parent: InodeNumber, name: bytes, dentry: Dentry, now_ns: int
+    draft: _Draft, mirror: Mirror, name: Name, ino: InodeNumber, record: Inode, now_ns: int
 ) -> None:
-    draft.still_there(keys.inode(parent), _require_directory(mirror, parent))
-    draft.put(keys.dentry(parent, name), encode(dentry))
-    _touch(draft, parent, now_ns)
+    draft.still_there(keys.inode(name[0]), _require_directory(mirror, name[0]))
+    dentry = Dentry(ino, record.kind, next_base(mirror, *name, record.version))
+    draft.put(keys.dentry(*name), encode(dentry))
+    _touch(draft, name[0], now_ns)
 
 
 def _drop_name(
-    draft: _Draft, mirror: Mirror, parent: InodeNumber, name: bytes, now_ns: int
+    draft: _Draft, mirror: Mirror, gone: Name, keep: Keep | None, why: str, now_ns: int
 ) -> InodeNumber:
     """Take a name away, and the inode with its last name. The name's key is left to the caller."""
+    parent, name = gone
     child = _require_child(mirror, parent, name)
     row, record = _require(mirror, child.ino)
+    draft.keep(keep, mirror, gone, child.ino, why, now_ns)
     draft.unchanged(keys.dentry(parent, name), child)
     if record.is_directory:
         start, end = keys.dentries(child.ino)
@@ -164,7 +181,7 @@ def create(
     draft = _Draft()
     draft.absent(keys.dentry(parent, name))
     draft.put(keys.inode(ino), encode(record))
-    _link_name(draft, mirror, parent, name, Dentry(ino, record.kind), record.ctime_ns)
+    _link_name(draft, mirror, (parent, name), ino, record, record.ctime_ns)
     if record.is_directory:
         _touch(draft, ino, record.ctime_ns)
     if claim is not None:
@@ -189,12 +206,17 @@ def link(
     draft.absent(keys.dentry(parent, name))
     draft.unchanged(keys.inode(ino), row)
     draft.put(keys.inode(ino), encode(linked))
-    _link_name(draft, mirror, parent, name, Dentry(ino, record.kind), now_ns)
+    _link_name(draft, mirror, (parent, name), ino, record, now_ns)
     return draft.plan(linked)
 
 
 def remove(
-    mirror: Mirror, parent: InodeNumber, name: bytes, directory: bool, now_ns: int
+    mirror: Mirror,
+    parent: InodeNumber,
+    name: bytes,
+    directory: bool,
+    now_ns: int,
+    keep: Keep | None = None,
 ) -> Plan[InodeNumber]:
     """unlink, or rmdir if `directory`. The result is the inode that lost the name."""
     child = _require_child(mirror, parent, name)
@@ -203,7 +225,7 @@ def remove(
     if not directory and stat.S_ISDIR(child.kind):
         raise IsDirectory(name)
     draft = _Draft()
-    ino = _drop_name(draft, mirror, parent, name, now_ns)
+    ino = _drop_name(draft, mirror, (parent, name), keep, DELETED, now_ns)
     draft.delete(keys.dentry(parent, name))
     _touch(draft, parent, now_ns)
     return draft.plan(ino)
@@ -223,6 +245,7 @@ def rename(
     target: tuple[InodeNumber, bytes],
     keep_existing: bool,
     now_ns: int,
+    keep: Keep | None = None,
 ) -> Plan[Renamed]:
     """Move a name, onto an existing one of the same type if need be.
 
@@ -248,11 +271,11 @@ def rename(
     if present is None:
         draft.absent(keys.dentry(*target))
     else:
-        _drop_name(draft, mirror, *target, now_ns)
+        _drop_name(draft, mirror, target, keep, REPLACED, now_ns)
     draft.delete(keys.dentry(*source))
     draft.put(keys.inode(moving.ino), encode(replace(record, ctime_ns=now_ns)))
     _touch(draft, source[0], now_ns)
-    _link_name(draft, mirror, *target, Dentry(moving.ino, record.kind), now_ns)
+    _link_name(draft, mirror, target, moving.ino, record, now_ns)
     if record.is_directory and source[0] != target[0]:
         draft.unchanged(keys.DIRMOVE, mirror.other(keys.DIRMOVE))
         draft.put(keys.DIRMOVE, b"")
@@ -303,8 +326,12 @@ def commit_contents(
     base_version: int,
     contents: Inode,
     now_ns: int,
+    keep: Keep | None = None,
 ) -> Plan[Inode]:
     """The next version of a file: size, contents and mtime of `contents`, the rest as it is now.
+
+    The version before goes into its names' history, unless it is empty: such a one stands between
+    a create, or the kernel's O_TRUNC, and the first commit.
 
     `base_version` is the version that the writer started from. Raises `NoSuchEntry` if the file
     is gone, and `WriteLost` if the lease is no longer the one with this fencing token or another
@@ -323,9 +350,7 @@ def commit_contents(
         inline=contents.inline,
         manifest=contents.manifest,
         chunk_bytes=contents.chunk_bytes,
-        replicas=contents.replicas,
         mtime_ns=contents.mtime_ns,
-        atime_ns=contents.atime_ns,
         editor=contents.editor,
         ctime_ns=now_ns,
     )
@@ -333,7 +358,22 @@ def commit_contents(
     draft.compares.append(Compare(keys.lease(ino), Target.CREATE, token))
     draft.unchanged(keys.inode(ino), row)
     draft.put(keys.inode(ino), encode(committed))
+    if record.size:
+        for name in sorted(mirror.names.get(ino, ()))[:NAMES_KEPT_MAX]:
+            draft.keep(keep, mirror, name, ino, REWRITTEN, now_ns)
     return draft.plan(committed)
+
+
+def set_policy(
+    mirror: Mirror, ino: InodeNumber, policy: Policy | None, replicas: int | None = None
+) -> Plan[Inode]:
+    """What an inode's policy is from now on, and of a file how many replicas it has."""
+    row, record = _require(mirror, ino)
+    changed = replace(record, policy=policy, replicas=replicas or record.replicas)
+    draft = _Draft()
+    draft.unchanged(keys.inode(ino), row)
+    draft.put(keys.inode(ino), encode(changed))
+    return draft.plan(changed)
 
 
 def take_lease(mirror: Mirror, ino: InodeNumber, node: NodeId, etcd_lease: int) -> Plan[None]:

@@ -5,6 +5,7 @@
     ├── NamespaceError          POSIX says no; nothing is wrong with the cluster
     │   ├── NoSuchEntry · EntryExists · DirectoryNotEmpty · NotDirectory · IsDirectory
     │   ├── NameTooLong · FileTooLarge · InvalidMove · TooManyLinks · NotPermitted
+    │   ├── NoSuchAttribute · AttributesTooLarge · AttributeNotSupported
     │   ├── StaleHandle         the name means something newer by now: look it up again
     │   └── WriterElsewhere     another node is writing this file
     ├── RemoteError             a peer, a disk or etcd let us down
@@ -81,6 +82,18 @@ class TooManyLinks(NamespaceError):
 
 class NotPermitted(NamespaceError):
     """The operation is not allowed on this kind of inode."""
+
+
+class NoSuchAttribute(NamespaceError):
+    """The inode has no extended attribute of this name."""
+
+
+class AttributesTooLarge(NamespaceError):
+    """The inode's record has no room for this extended attribute."""
+
+
+class AttributeNotSupported(NamespaceError):
+    """Extended attributes of this kind are not kept."""
 
 
 class StaleHandle(NamespaceError):

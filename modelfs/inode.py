@@ -48,6 +48,14 @@ class ManifestRef(msgspec.Struct, array_like=True, frozen=True):
         )
 
 
+class Policy(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What was set for a directory, or a file; None hands down what holds above."""
+
+    replicas: int | None = None
+    retain_seconds: float | None = None  # of superseded versions; 0: they are not kept
+    chunk_bytes: int | None = None
+
+
 class Inode(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """One inode. Times are nanoseconds since 1970; `mode` holds the file type, as in stat(2).
 
@@ -74,6 +82,7 @@ class Inode(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     rdev: int = 0
     target: bytes = b""  # of a symbolic link
     xattrs: dict[bytes, bytes] = {}
+    policy: Policy | None = None
 
     @property
     def kind(self) -> int:
@@ -102,10 +111,21 @@ class Inode(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
 
 
 class Dentry(msgspec.Struct, array_like=True, frozen=True):
-    """A name in a directory: which inode, of which type (as `Inode.kind`)."""
+    """A name in a directory: which inode, of which type (as `Inode.kind`).
+
+    `base` plus the inode's version is the number of what the name shows (see `history`).
+    """
 
     ino: int
     kind: int
+    base: int = 0
+
+
+class Pin(msgspec.Struct, array_like=True, frozen=True):
+    """A manifest whose chunks must stay, and how many copies of them the version has."""
+
+    manifest: ManifestRef
+    replicas: int
 
 
 class NodeRecord(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
@@ -122,10 +142,12 @@ class NodeRecord(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     started_at: float
     etcd_endpoint: str = ""
     protocol: int = 1
+    reclaim_grace_seconds: float = 3600.0  # how soon it may delete what nobody needs
 
 
 _inode_decoder = msgspec.msgpack.Decoder(Inode)
 _dentry_decoder = msgspec.msgpack.Decoder(Dentry)
+_pin_decoder = msgspec.msgpack.Decoder(Pin)
 _node_decoder = msgspec.msgpack.Decoder(NodeRecord)
 encode = msgspec.msgpack.encode
 
@@ -140,6 +162,11 @@ def decode_dentry(value: bytes) -> Dentry:
     return _decode(_dentry_decoder, value)
 
 
+def decode_pin(value: bytes) -> Pin:
+    """Raises `ProtocolError` if the record is damaged."""
+    return _decode(_pin_decoder, value)
+
+
 def decode_node(value: bytes) -> NodeRecord:
     """Raises `ProtocolError` if the record is damaged."""
     return _decode(_node_decoder, value)
@@ -150,7 +177,8 @@ def _decode(decoder: msgspec.msgpack.Decoder[Record], value: bytes) -> Record:
         raise ProtocolError(f"a record of {len(value)} bytes")
     try:
         return decoder.decode(value)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        # ValueError: text that is not UTF-8. RecursionError: arrays nested too deeply.
         raise ProtocolError(f"a damaged record: {error}") from error
 
 

@@ -7,6 +7,10 @@ dirtime/<ino>           mtime and ctime of a directory
 lease/<ino>             the node that may write the file; bound to that node's etcd lease
 node/<id>               NodeRecord; bound to the node's etcd lease, which is its heartbeat
 map/<epoch>             PlacementMap                 <epoch>: 8 hex digits
+pin/<id>/<manifest>     Pin: a version that a node has open, though it is superseded or unlinked;
+                        bound to that node's etcd lease          <manifest>: 64 hex digits
+history/<parent>/<name>\\0<number>
+                        Retained: what a name showed before             <number>: 8 hex digits
 inodes                  how many blocks of inode numbers have been handed out
 dirmove                 put by every move of a directory between directories, to serialise them
 seq                     put by every transaction, with the id of the operation
@@ -29,6 +33,8 @@ DIRTIME_PREFIX = b"dirtime/"
 LEASE_PREFIX = b"lease/"
 NODE_PREFIX = b"node/"
 MAP_PREFIX = b"map/"
+PIN_PREFIX = b"pin/"
+HISTORY_PREFIX = b"history/"
 
 _INO_DIGITS = 10
 
@@ -66,6 +72,34 @@ def node(node_id: NodeId) -> bytes:
 def placement_map(epoch: Epoch) -> bytes:
     """The key of a placement map."""
     return b"map/%08x" % epoch
+
+
+def pin(node_id: NodeId, manifest: bytes) -> bytes:
+    """The key of a node's pin on a manifest, given its chunk id."""
+    return PIN_PREFIX + f"{node_id}/{manifest.hex()}".encode("ascii")
+
+
+def split_pin(key: bytes) -> tuple[NodeId, bytes]:
+    """(node, chunk id of the manifest) of a pin's key."""
+    node_id, _, manifest = key[len(PIN_PREFIX) :].decode("ascii").partition("/")
+    return NodeId(node_id), bytes.fromhex(manifest)
+
+
+def history_of(parent: InodeNumber, name: bytes) -> bytes:
+    """What the keys of a name's history begin with; no other name's do."""
+    return b"history/%010x/%b\0" % (parent, name)
+
+
+def history(parent: InodeNumber, name: bytes, number: int) -> bytes:
+    """The key of one retained version of a name."""
+    return history_of(parent, name) + b"%08x" % number
+
+
+def split_history(key: bytes) -> tuple[InodeNumber, bytes, int]:
+    """(parent, name, number) of a retained version's key."""
+    stem, _, number = key.rpartition(b"\0")
+    parent, _, name = stem[len(HISTORY_PREFIX) :].partition(b"/")
+    return InodeNumber(int(parent, 16)), name, int(number, 16)
 
 
 def ino_of(key: bytes, prefix: bytes) -> InodeNumber:

@@ -23,6 +23,11 @@ BLOCK_BYTES = 64 * KIB  # the unit of verification: a cold page costs this much 
 FILE_BYTES_MAX = 64 * TIB  # 1.05 million chunks, a manifest of 50 MiB in 1,024 pages
 INLINE_BYTES_MAX = 4 * KIB  # contents kept in the inode record: the config.json of every model
 
+# --- policies
+REPLICAS_DEFAULT = 2
+REPLICAS_MAX = 16  # a chunk's replicas are contacted all at once
+RETAIN_SECONDS_DEFAULT = 3600.0  # superseded versions: long enough to notice a mistake
+
 # --- the peer protocol
 FRAME_HEADER_BYTES_MAX = 64 * KIB
 HAS_CHUNKS_MAX = 1024  # ids in one `has` request: 32 KiB, below the header bound
@@ -41,6 +46,12 @@ LOCK_WAIT_SECONDS = 30.0
 # --- etcd (its own defaults: 1.5 MiB a request, 128 operations a transaction)
 TRANSACTION_OPS_MAX = 120
 RECORD_BYTES_MAX = 256 * KIB
+
+# --- extended attributes (xattr(7)): each as the kernel bounds it, all of an inode by its record
+XATTR_NAME_BYTES_MAX = 255
+XATTR_VALUE_BYTES_MAX = 64 * KIB
+XATTR_NAMES_BYTES_MAX = 64 * KIB  # what listxattr(2) can return
+XATTRS_BYTES_MAX = RECORD_BYTES_MAX - 64 * KIB  # contents, a target and later fields need room too
 
 assert CHUNK_BYTES_MIN % BLOCK_BYTES == 0 and BLOCK_BYTES % PAGE_BYTES == 0
 assert CHUNK_BYTES_MIN <= CHUNK_BYTES_DEFAULT <= CHUNK_BYTES_MAX

@@ -70,7 +70,7 @@ def page_count(entry_count: int) -> int:
     return -(-entry_count // PAGE_ENTRIES) if entry_count > PAGE_ENTRIES else 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Manifest:
     """A manifest's root, with those of its pages that have been loaded.
 
@@ -161,9 +161,8 @@ class Manifest:
         count = chunk_count(self.chunk_bytes, size)
         wanted = {index // PAGE_ENTRIES for index in indexes if index < self.count}
         if count != self.count:  # a partial last page changes its length
-            wanted.add(min(count, self.count - 1) // PAGE_ENTRIES)
-            wanted.add((self.count - 1) // PAGE_ENTRIES)
-        if 0 < count <= PAGE_ENTRIES:
+            wanted.add(max(0, min(count, self.count) - 1) // PAGE_ENTRIES)
+        if count <= PAGE_ENTRIES:
             wanted.add(0)
         return {page for page in wanted if self.page_of(page * PAGE_ENTRIES) is not None}
 

@@ -16,15 +16,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from modelfs import keys
+from modelfs.history import HistoryIndex
 from modelfs.ids import ROOT_INODE, Epoch, InodeNumber, NodeId, Revision
 from modelfs.inode import (
     Dentry,
     Inode,
     NodeRecord,
+    Pin,
     decode_dentry,
     decode_dirtime,
     decode_inode,
     decode_node,
+    decode_pin,
     inode_number,
     writer_of,
 )
@@ -50,6 +53,7 @@ class Child:
     ino: InodeNumber
     kind: int  # file type bits
     mod_revision: Revision
+    base: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,23 @@ class MapChanged:
     epoch: Epoch
 
 
-Change = NameChanged | InodeChanged | DirectoryTouched | LeaseChanged | NodeChanged | MapChanged
+@dataclass(frozen=True, slots=True)
+class PinChanged:
+    """A node pinned a manifest, or let go of it."""
+
+    node: NodeId
+    manifest: bytes
+
+
+Change = (
+    NameChanged
+    | InodeChanged
+    | DirectoryTouched
+    | LeaseChanged
+    | NodeChanged
+    | MapChanged
+    | PinChanged
+)
 
 
 class Mirror:
@@ -117,6 +137,8 @@ class Mirror:
         self.nodes: dict[NodeId, NodeRecord] = {}
         self.maps: dict[Epoch, PlacementMap] = {}
         self.latest_map: PlacementMap | None = None
+        self.pins: dict[NodeId, dict[bytes, Pin]] = {}  # node -> chunk id of a manifest -> pin
+        self.history = HistoryIndex()
         self.file_count = 0
         self.file_bytes = 0
         self._inodes: dict[InodeNumber, Row] = {}
@@ -267,6 +289,10 @@ class Mirror:
         elif key.startswith(keys.MAP_PREFIX):
             if event.value is not None:
                 self._apply_map(event.value, changes)
+        elif key.startswith(keys.PIN_PREFIX):
+            self._apply_pin(*keys.split_pin(key), event, changes)
+        elif key.startswith(keys.HISTORY_PREFIX):
+            (self.history.add if event.value is not None else self.history.remove)(key)
         else:
             _set(self._others, key, event)
 
@@ -292,7 +318,7 @@ class Mirror:
         new = None
         if event.value is not None:
             dentry: Dentry = decode_dentry(event.value)
-            new = Child(inode_number(dentry), dentry.kind, event.mod_revision)
+            new = Child(inode_number(dentry), dentry.kind, event.mod_revision, dentry.base)
             entries[name] = new
             self.names.setdefault(new.ino, set()).add((parent, name))
             if stat.S_ISDIR(new.kind):
@@ -328,6 +354,18 @@ class Mirror:
             self.latest_map = placement
             changes.append(MapChanged(placement.epoch))
 
+    def _apply_pin(
+        self, node: NodeId, manifest: bytes, event: Event, changes: list[Change]
+    ) -> None:
+        pins = self.pins.setdefault(node, {})
+        if event.value is None:
+            pins.pop(manifest, None)
+        else:
+            pins[manifest] = decode_pin(event.value)
+        if not pins:
+            del self.pins[node]
+        changes.append(PinChanged(node, manifest))
+
     # ------------------------------------------------------------ reload
 
     def _all_keys(self) -> Iterator[bytes]:
@@ -337,6 +375,9 @@ class Mirror:
         yield from (keys.dirtime(ino) for ino in list(self._dirtimes))
         yield from (keys.lease(ino) for ino in list(self._leases))
         yield from (keys.node(node) for node in list(self.nodes))
+        for node, pins in list(self.pins.items()):
+            yield from (keys.pin(node, manifest) for manifest in list(pins))
+        yield from list(self.history.keys())
         yield from list(self._others)
 
     def _is_known(self, event: Event) -> bool:

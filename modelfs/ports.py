@@ -121,8 +121,21 @@ class MetadataStore(Protocol):
         """A linearizable read of one key: sees every commit that returned before it began."""
         ...
 
-    async def load(self, prefix: bytes) -> tuple[Revision, list[KeyValue]]:
-        """All keys under `prefix` as of one revision, in key order; paged inside."""
+    async def load(
+        self, prefix: bytes, bare: bytes | None = None
+    ) -> tuple[Revision, list[KeyValue]]:
+        """All keys under `prefix` as of one revision, in key order; paged inside.
+
+        Of the keys under `bare` the values are left out (b""), to save memory.
+        """
+        ...
+
+    async def page(self, prefix: bytes, after: bytes, limit: int) -> list[KeyValue]:
+        """The first keys under `prefix` that sort after `after`, as they are now; in key order.
+
+        At most `limit`, and at least one if there is any. For walks through more than fits in
+        memory; from page to page the keys may change.
+        """
         ...
 
     def watch(

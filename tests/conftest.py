@@ -40,6 +40,13 @@ hypothesis.settings.register_profile("modelfs", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("modelfs")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--frameworks`: see tests/frameworks/conftest.py."""
+    parser.addoption(
+        "--frameworks", action="store_true", help="also run what needs PyTorch and its like"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Choose the one directory, before pytest chooses where `tmp_path` is."""
@@ -113,6 +120,25 @@ def _synchronous(test: Callable[..., Any]) -> Callable[..., None]:
 def autojump_clock() -> trio.testing.MockClock:
     """Virtual time: it jumps whenever all tasks wait for it."""
     return trio.testing.MockClock(autojump_threshold=0)
+
+
+@pytest.fixture
+def virtual_time(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> trio.testing.MockClock:
+    """Virtual time for code that uses worker threads: their work is done on trio's own thread.
+
+    Otherwise the clock would jump while a thread works, since all *tasks* wait then.
+    """
+
+    async def run_inline(
+        function: Callable[..., object], *args: object, **options: object
+    ) -> object:
+        await trio.lowlevel.checkpoint()
+        return function(*args)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_inline)
+    return autojump_clock
 
 
 # ---------------------------------------------------------------- the quiet log

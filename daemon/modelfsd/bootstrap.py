@@ -275,7 +275,13 @@ class Bootstrap:
         row = await store.get(keys.CLUSTER)
         if row is None:
             return None
-        record = msgspec.msgpack.decode(row.value, type=ClusterRecord)
+        try:
+            record = msgspec.msgpack.decode(row.value, type=ClusterRecord)
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise UserError(
+                f"what etcd holds of a cluster is not a record of this version ({error}): install "
+                "the version of the other nodes, or give another etcd"
+            ) from error
         if record.format != FORMAT:
             raise UserError(
                 f"the cluster {record.name} keeps its records in format {record.format}, this "
@@ -335,7 +341,7 @@ def _checked(info: dict[str, Any], where: str) -> dict[str, Any]:
     if not is_sane:
         raise UserError(f"the node at {where} does not say how to join its cluster")
     skew_seconds = abs(info["time"] - time.time())
-    if skew_seconds > CLOCK_SKEW_SECONDS_MAX:
+    if not skew_seconds <= CLOCK_SKEW_SECONDS_MAX:  # also what is not a number
         raise UserError(
             f"this machine's clock is {skew_seconds:.0f} s away from that of the node at {where}: "
             "set it (for example with chrony or systemd-timesyncd), file times depend on it"

@@ -43,6 +43,7 @@ class ByteBudget:
         except trio.Cancelled:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
+                self._wake()  # those behind it may fit
             else:
                 self.give(size)
             raise
@@ -51,6 +52,9 @@ class ByteBudget:
         """Give back what was taken."""
         self.used_bytes -= size
         assert self.used_bytes >= 0
+        self._wake()
+
+    def _wake(self) -> None:
         while self._waiting and self._fits(self._waiting[0][0]):
             next_size, event = self._waiting.popleft()
             self.used_bytes += next_size

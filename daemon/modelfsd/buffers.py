@@ -63,10 +63,11 @@ class BufferPool:
         with self._changed:
             while self._used_bytes and self._used_bytes + size > self.bytes_max:
                 self._changed.wait()
-            fitting = [buffer for buffer in self._idle if size <= len(buffer) <= 2 * size]
-            if fitting:
-                self._idle.remove(fitting[-1])
-            self._used_bytes += len(fitting[-1]) if fitting else size
+            # By position: `remove` would compare contents, and take out another buffer that
+            # happens to hold the same bytes, so that this one could be lent twice.
+            fitting = [i for i, buffer in enumerate(self._idle) if size <= len(buffer) <= 2 * size]
+            buffer = self._idle.pop(fitting[-1]) if fitting else None
+            self._used_bytes += size if buffer is None else len(buffer)
             while self._idle and self._used_bytes + sum(map(len, self._idle)) > self.bytes_max:
                 self._idle.pop(0)
-        return fitting[-1] if fitting else empty_buffer(size)
+        return empty_buffer(size) if buffer is None else buffer

@@ -110,7 +110,7 @@ class Chunks:
         """`size` verified bytes from `start` of a chunk. Raises `ChunkUnavailable`."""
         try:
             data = await self._read_here(placed.ref, start, size)
-        except (ChunkMissing, CorruptChunk):
+        except (ChunkMissing, CorruptChunk, OSError):
             data = await self._read_there(placed, replicas, start, size)
             self._remote_bytes += size
             if size == placed.ref.length:
@@ -128,6 +128,10 @@ class Chunks:
             log.warning("%s; reading another replica and repairing this one", error)
             self._corrupt += 1
             self._damaged(ref)
+            raise
+        except OSError as error:
+            name = ref.id.hex()[:16]
+            log.warning("the disk fails at chunk %s: %s; reading another replica", name, error)
             raise
 
     async def _read_there(

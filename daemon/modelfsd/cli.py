@@ -19,6 +19,7 @@ import typer
 import modelfs
 from modelfs.errors import ModelfsError, UserError
 from modelfsd import launch, logs, preflight, sdnotify, show
+from modelfsd import recover as recovery
 from modelfsd.config import Config, load_config
 from modelfsd.control import call
 from modelfsd.lab import lab_app
@@ -242,19 +243,99 @@ def _mounted_here(live: list[Entry]) -> str:
 @app.command()
 def info(
     path: Annotated[str, typer.Argument(help="A file or directory in a modelfs mount.")],
+    versions: Annotated[
+        bool, typer.Option("--versions", help="What the name showed before; it may be gone.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """A file's version and chunks, and which node holds which."""
+    """A file's version and chunks, and which node holds which; or its retained versions."""
+    answer = _ask_about(path, "versions" if versions else "info")
+    if as_json:
+        print(json.dumps(answer, indent=2))
+    else:
+        view = show.versions_view(answer) if versions else show.info_view(answer)
+        show.console().print(view)
+
+
+def _ask_about(path: str, command: str, **arguments: object) -> dict[str, Any]:
+    """Ask the daemon whose mount holds a path."""
     registry = Registry()
     found = registry.find_by_path(path)
     if found is None:
         raise UserError(f"{path} is not in a modelfs mount{_mounted_here(registry.live())}")
     entry, names = found
-    answer = call(entry.control, "info", ANSWER_SECONDS, path=names)
+    return call(entry.control, command, ANSWER_SECONDS, path=names, **arguments)
+
+
+@app.command()
+def restore(
+    path: Annotated[str, typer.Argument(help="A file or directory, also one that is gone.")],
+    version: Annotated[
+        int, typer.Option("--version", metavar="N", help="As `modelfs info PATH --versions` says.")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Make a retained version the newest one."""
+    answer = _ask_about(path, "restore", number=version)
+    print(json.dumps(answer, indent=2) if as_json else show.restored_text(answer))
+
+
+@app.command()
+def policy(
+    path: Annotated[str, typer.Argument(help="A directory or file in a modelfs mount.")],
+    replicas: Annotated[
+        str | None, typer.Option(metavar="N", help="Copies of each chunk, of new files.")
+    ] = None,
+    retain: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long old versions are kept: 1h, 7d, 0.")
+    ] = None,
+    chunk_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of new files, a power of two: 4MiB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show or set what holds for PATH and below; the word `inherit` takes a setting back."""
+    given = {"replicas": replicas, "retain": retain, "chunk_size": chunk_size}
+    settings = {key: text for key, text in given.items() if text is not None}
+    answer = _ask_about(path, "policy", set=settings)
     if as_json:
         print(json.dumps(answer, indent=2))
     else:
-        show.console().print(show.info_view(answer))
+        show.console().print(show.policy_view(answer))
+
+
+@app.command()
+def recover(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Of the lost write; its start will do.")
+    ] = None,
+    dest: Annotated[
+        str | None, typer.Argument(metavar="DEST", help="A new file on this machine.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="What can be recovered.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    state_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The node with this state directory.")
+    ] = None,
+    mount: Annotated[
+        str | None, typer.Option(metavar="MOUNTPOINT", help="The node of this mount.")
+    ] = None,
+) -> None:
+    """Writes that could not be committed: list them, or write one out to a file."""
+    if (name is None) != (dest is None) or (list_all and name is not None):
+        raise UserError("give --list, or the NAME of a lost write and the file DEST to make of it")
+    state = recovery.choose_state_dir(Registry(), state_dir, mount, os.environ)
+    if name is None or dest is None:
+        copies = recovery.list_lost(state)
+        if as_json:
+            print(json.dumps({"lost": [copy.as_json() for copy in copies]}, indent=2))
+        else:
+            show.console().print(show.lost_view(copies))
+        return
+    recovered = recovery.recover(state, name, Path(dest).absolute())
+    print(json.dumps(recovered.as_json(), indent=2) if as_json else recovered.text())
+    if recovered.missing:
+        raise SystemExit(EXIT_FAILURE)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ file is its key there, and on the command line it has dashes:
     peers = ["10.0.0.6"]              replicas = 2              cache_size = "200GiB"
     etcd = ["http://10.0.0.9:2379"]   zone = "rack-1"           name = "gpu-07"
     lock_wait = "30s"                 down_out = "10m"          options = ["xattr"]
+    reclaim_grace = "1h"              retain = "1h"
 
 In the environment a list is separated by commas. Mount options add up over the layers, the later
 one winning. An unknown key in the file is refused; an unknown `MODELFS_*` variable is not, since
@@ -44,9 +45,9 @@ CONFIG_FILE = Path("/etc/modelfs/modelfs.toml")
 CONFIG_FILE_BYTES_MAX = limits.MIB
 CONFIG_VARIABLE = "MODELFS_CONFIG"
 
-REPLICAS_DEFAULT = 2
-REPLICAS_MAX = 16  # a chunk's replicas are contacted all at once
 DOWN_OUT_SECONDS = 600.0  # a reboot takes less, so it moves no data
+RECLAIM_GRACE_SECONDS = 3600.0  # for pins and renewals to arrive, with hours of etcd in hand
+RECLAIM_GRACE_SECONDS_MIN = 1.0  # less than a minute is for tests
 LOCK_WAIT_SECONDS_MAX = 3600.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -99,11 +100,13 @@ class Config:
     new_cluster: str | None = None
     peers: tuple[HostPort, ...] = ()
     etcd: tuple[str, ...] = ()  # `host:port` of an etcd that is not ours; empty: embedded
-    replicas: int = REPLICAS_DEFAULT
+    replicas: int = limits.REPLICAS_DEFAULT
+    retain_seconds: float = limits.RETAIN_SECONDS_DEFAULT  # of superseded versions
     cache_size: int | None = None  # None: a share of the free space
     zone: str = ""
     lock_wait_seconds: float = limits.LOCK_WAIT_SECONDS
     down_out_seconds: float = DOWN_OUT_SECONDS
+    reclaim_grace_seconds: float = RECLAIM_GRACE_SECONDS
     foreground: bool = False
 
     @property
@@ -187,8 +190,8 @@ def _word(value: object) -> str:
 
 def _replicas(value: object) -> int:
     text = _text(value)
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= REPLICAS_MAX:
-        raise UserError(f"{text!r} is not a number of replicas: 1 to {REPLICAS_MAX}")
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= limits.REPLICAS_MAX:
+        raise UserError(f"{text!r} is not a number of replicas: 1 to {limits.REPLICAS_MAX}")
     return int(text)
 
 
@@ -213,6 +216,15 @@ def _lock_wait(value: object) -> float:
     return seconds
 
 
+def _reclaim_grace(value: object) -> float:
+    seconds = parse_duration(_text(value))
+    if seconds < RECLAIM_GRACE_SECONDS_MIN:
+        raise UserError(
+            f"{value!r} is too short: readers and writers must have time to answer"
+        )
+    return seconds
+
+
 SETTINGS: dict[str, Callable[[object], Any]] = {
     "state_dir": _directory,
     "new_cluster": _word,
@@ -220,14 +232,21 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "etcd": lambda value: tuple(parse_endpoint(text) for text in _texts(value)),
     "listen": _listen,
     "replicas": _replicas,
+    "retain": lambda value: parse_duration(_text(value)),
     "cache_size": lambda value: parse_size(_text(value)),
     "zone": _word,
     "name": _word,
     "options": _texts,
     "lock_wait": _lock_wait,
     "down_out": lambda value: parse_duration(_text(value)),
+    "reclaim_grace": _reclaim_grace,
 }
 _FLAGS = {"peers": "--peer", "options": "-o"}
+
+
+def is_option(word: str) -> bool:
+    """Whether `-o` knows the word."""
+    return word in _OPTION_WORDS
 
 
 def parse_options(words: Sequence[str], start: MountOptions) -> MountOptions:
@@ -275,10 +294,9 @@ def load_config(
             values[key] = parsed
     values.pop("options", None)
     host, port = values.pop("listen", ("", PORT_DEFAULT))
-    if "lock_wait" in values:
-        values["lock_wait_seconds"] = values.pop("lock_wait")
-    if "down_out" in values:
-        values["down_out_seconds"] = values.pop("down_out")
+    for key in ("retain", "lock_wait", "down_out", "reclaim_grace"):
+        if key in values:
+            values[f"{key}_seconds"] = values.pop(key)
     values.setdefault("state_dir", default_state_dir(environ, is_root))
     values.setdefault("name", _host_name())
     return Config(

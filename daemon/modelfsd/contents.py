@@ -264,13 +264,16 @@ def zeros(size: int) -> bytes:
 
 
 async def gather(task: Callable[[int], Awaitable[None]], count: int) -> None:
-    """Run task(0) … task(count - 1) together. A `ModelfsError` of one is raised as itself."""
-    failures: list[ModelfsError] = []
+    """Run task(0) … task(count - 1) together.
+
+    A `ModelfsError` or OSError of one is raised as itself, not in a group.
+    """
+    failures: list[ModelfsError | OSError] = []
 
     async def guarded(position: int) -> None:
         try:
             await task(position)
-        except ModelfsError as error:
+        except (ModelfsError, OSError) as error:
             failures.append(error)
 
     async with trio.open_nursery() as nursery:

@@ -13,7 +13,7 @@ raises `MetadataUnavailable` that says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
@@ -149,15 +149,23 @@ class EtcdStore:
         response = await self._range(rpc.RangeRequest(key=self._prefix + key))
         return self._key_value(response.kvs[0]) if response.kvs else None
 
-    async def load(self, prefix: bytes) -> tuple[Revision, list[KeyValue]]:
+    async def load(
+        self, prefix: bytes, bare: bytes | None = None
+    ) -> tuple[Revision, list[KeyValue]]:
         """See the port. The deadline holds for each page."""
         for _ in range(LOADS_MAX):
             try:
-                return await self._load_once(prefix)
+                return await self._load_once(prefix, bare)
             except EtcdRefused as refused:
                 if refused.text != _COMPACTED:
                     raise
         raise MetadataUnavailable(f"etcd's history was compacted during {LOADS_MAX} loads")
+
+    async def page(self, prefix: bytes, after: bytes, limit: int) -> list[KeyValue]:
+        """See the port."""
+        start = self._prefix + max(prefix, after + b"\0")
+        page, _ = await self._page(start, prefix_end(self._prefix + prefix), limit, 0)
+        return [self._key_value(kv) for kv in page.kvs]
 
     def watch(self, prefix: bytes, start: Revision) -> EtcdWatch:
         """See the port. Connection errors come from the iterator; the next watch tries another
@@ -298,25 +306,36 @@ class EtcdStore:
             "/etcdserverpb.KV/Range", request, rpc.RangeResponse, Repeat.READ
         )
 
-    async def _load_once(self, prefix: bytes) -> tuple[Revision, list[KeyValue]]:
+    async def _load_once(
+        self, prefix: bytes, bare: bytes | None
+    ) -> tuple[Revision, list[KeyValue]]:
         """All keys under a prefix, in pages at the revision of the first. Raises as `_range`."""
         start = self._prefix + prefix
         end = prefix_end(start)
         revision, keys, limit = 0, list[KeyValue](), PAGE_KEYS
         while True:
+            page, limit = await self._page(start, end, limit, revision)
+            revision = revision or page.header.revision
+            for kv in page.kvs:
+                row = self._key_value(kv)
+                is_bare = bare is not None and row.key.startswith(bare)
+                keys.append(replace(row, value=b"") if is_bare else row)
+            if not page.more:
+                return Revision(revision), keys
+            start = page.kvs[-1].key + b"\0"
+
+    async def _page(
+        self, start: bytes, end: bytes, limit: int, revision: int
+    ) -> tuple[rpc.RangeResponse, int]:
+        """The first keys of a range, and how many a page may have: fewer if they are large."""
+        while True:
             request = rpc.RangeRequest(key=start, range_end=end, limit=limit, revision=revision)
             try:
-                page = await self._range(request)
+                return await self._range(request), limit
             except ResponseTooLarge:
                 if limit == 1:
                     raise
                 limit = max(1, limit // 4)
-                continue
-            revision = revision or page.header.revision
-            keys.extend(self._key_value(kv) for kv in page.kvs)
-            if not page.more:
-                return Revision(revision), keys
-            start = page.kvs[-1].key + b"\0"
 
     def _compare(self, compare: Compare) -> rpc.Compare:
         message = rpc.Compare(

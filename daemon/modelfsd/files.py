@@ -16,6 +16,9 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
+
+import trio
 
 from modelfs.access import AccessPattern
 from modelfs.changes import AttributeChange, Claim
@@ -30,6 +33,7 @@ from modelfsd.writer import Writer, WriteSession
 
 log = logging.getLogger(__name__)
 
+SENT_BACK_SECONDS = 1.0  # the kernel comes back at once
 SENT_BACK_MAX = 4096  # callers that were told to look again and have not come back yet
 
 
@@ -39,6 +43,37 @@ class Handle:
 
     inode: KernelInode
     session: WriteSession | None
+
+
+class _SentBack:
+    """Calls of one kind that were sent to look again: what each was shown since.
+
+    A call may end without coming back (ENOENT, EACCES, a signal), and what a later call of the
+    same thread looks up must not pass for its look. So only what is surely retried may be sent
+    back through here, a lookup in vain ends the memory of it, and so does a second.
+    """
+
+    def __init__(self) -> None:
+        self._shown: OrderedDict[int, tuple[float, KernelId | None]] = OrderedDict()  # by pid
+
+    def send(self, caller: Caller) -> NoReturn:
+        """Raise `StaleHandle`."""
+        self._shown[caller.pid] = (trio.current_time() + SENT_BACK_SECONDS, None)
+        while len(self._shown) > SENT_BACK_MAX:
+            self._shown.popitem(last=False)
+        raise StaleHandle(caller.pid)
+
+    def note_lookup(self, caller: Caller, inode: KernelInode | None) -> None:
+        """A lookup was answered; None: in vain."""
+        if caller.pid in self._shown and inode is None:
+            del self._shown[caller.pid]
+        elif caller.pid in self._shown and inode is not None:
+            self._shown[caller.pid] = (self._shown[caller.pid][0], inode.id)
+
+    def is_back(self, caller: Caller, inode: KernelInode) -> bool:
+        """Whether this call was sent back and was shown this very inode since. Tells once."""
+        until, shown = self._shown.pop(caller.pid, (0.0, None))
+        return shown == inode.id and trio.current_time() <= until
 
 
 class Files:
@@ -57,8 +92,7 @@ class Files:
         self._contents, self._writer, self._start = contents, writer, run_in_background
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
-        # pid -> the kernel inode that it was shown since it was sent to look again
-        self._sent_back: OrderedDict[int, KernelId | None] = OrderedDict()
+        self._sent_opens, self._sent_links = _SentBack(), _SentBack()
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -70,11 +104,11 @@ class Files:
         must_look_again = self._cache.must_look_again(inode)
         await self._namespace.fresh()
         must_look_again = must_look_again or self._cache.must_look_again(inode)
-        has_looked_again = self._sent_back.pop(caller.pid, None) == inode.id
+        has_looked_again = self._sent_opens.is_back(caller, inode)
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if not writable:
             if must_look_again and not has_looked_again:
-                self._send_back(caller)
+                self._sent_opens.send(caller)
             return self._new_handle(inode, None)
         return await self._open_for_writing(
             inode, flags, caller, must_look_again and not has_looked_again
@@ -85,29 +119,37 @@ class Files:
     ) -> int:
         session = self._writer.session_of(inode)
         try:
-            if inode.record.size or session.copy.size or must_look_again:
+            size = max(inode.record.size, session.copy.size)
+            if must_look_again:  # then the lease is for the OPEN that comes next
+                latest = self._namespace.mirror.inode(inode.ino)
+                size = latest.size if latest is not None else 0
+            if size:
                 await session.ensure_lease()
             if must_look_again:
+                session.reserve_lease()
                 raise StaleHandle(inode.id)
             if flags & os.O_TRUNC:
                 await session.truncate(0)
         except BaseException as error:
             await session.release()
             if isinstance(error, StaleHandle):
-                self._send_back(caller)
+                self._sent_opens.send(caller)
             raise
         return self._new_handle(inode, session)
 
-    def _send_back(self, caller: Caller) -> None:
-        self._sent_back[caller.pid] = None
-        while len(self._sent_back) > SENT_BACK_MAX:
-            self._sent_back.popitem(last=False)
-        raise StaleHandle(caller.pid)
+    def look_again_once(self, inode: KernelInode, caller: Caller) -> None:
+        """For link: send the kernel back from what is superseded, but let through what is back.
 
-    def note_lookup(self, caller: Caller, inode: KernelInode) -> None:
-        """A lookup was answered: remember it for a caller that was sent to look again."""
-        if caller.pid in self._sent_back:
-            self._sent_back[caller.pid] = inode.id
+        The name meant that file after the call began, and if it has gone since, that is ENOENT.
+        """
+        is_back = self._sent_links.is_back(caller, inode)
+        if not inode.is_current and not is_back:
+            self._sent_links.send(caller)
+
+    def note_lookup(self, caller: Caller, inode: KernelInode | None) -> None:
+        """A lookup was answered (None: in vain): remember it for who was sent to look again."""
+        self._sent_opens.note_lookup(caller, inode)
+        self._sent_links.note_lookup(caller, inode)
 
     def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
         self._last_handle += 1

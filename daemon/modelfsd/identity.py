@@ -52,12 +52,18 @@ def load(state_dir: Path) -> Identity:
             f"{path} was not written by this version of modelfs: use the version that wrote it, "
             f"or move {state_dir} away to start as a new node"
         )
-    return Identity(
-        NodeId(stored["node"]),
-        ClusterId(str(stored["cluster"])),
-        str(stored["cluster_name"]),
-        tuple(str(endpoint) for endpoint in stored["endpoints"]),
+    cluster, name = stored.get("cluster"), stored.get("cluster_name")
+    endpoints = stored.get("endpoints")
+    is_whole = (
+        isinstance(cluster, str)
+        and (cluster == NO_CLUSTER or is_node_id(cluster))
+        and isinstance(name, str)
+        and isinstance(endpoints, list)
+        and all(isinstance(endpoint, str) for endpoint in endpoints)
     )
+    if not is_whole:
+        raise UserError(f"{path} is damaged: restore it, or move {state_dir} away")
+    return Identity(NodeId(stored["node"]), ClusterId(cluster), name, tuple(endpoints))
 
 
 def save(state_dir: Path, identity: Identity) -> None:

@@ -58,6 +58,7 @@ class KernelInodes:
     def __init__(self, root: Inode) -> None:
         self._by_id: dict[KernelId, KernelInode] = {}
         self._current: dict[InodeNumber, KernelInode] = {}
+        self.outdated: set[KernelInode] = set()  # no longer current, and still referred to
         self.show(ROOT_INODE, root)
 
     def __len__(self) -> int:
@@ -90,6 +91,7 @@ class KernelInodes:
         inode.is_current = False
         if self._current.get(inode.ino) is inode:
             del self._current[inode.ino]
+        self.outdated.add(inode)
         self.drop_if_unused(inode)
 
     def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
@@ -114,6 +116,7 @@ class KernelInodes:
         if inode.lookups or inode.handles or inode.session or inode.id == ROOT_KERNEL_ID:
             return
         self._by_id.pop(inode.id, None)
+        self.outdated.discard(inode)
         if self._current.get(inode.ino) is inode:
             del self._current[inode.ino]
 

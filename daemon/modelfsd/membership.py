@@ -49,6 +49,7 @@ class Self:
     port: int
     zone: str
     etcd_endpoint: str  # "" if it runs no etcd
+    reclaim_grace_seconds: float
 
 
 class Membership:
@@ -133,6 +134,7 @@ class Membership:
             software=__version__,
             started_at=self._started_at,
             etcd_endpoint=self._myself.etcd_endpoint,
+            reclaim_grace_seconds=self._myself.reclaim_grace_seconds,
         )
         put = Put(keys.node(self._myself.node), encode(record), self._etcd_lease)
         await self._store.commit(Txn((), (put,)))

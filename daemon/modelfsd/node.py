@@ -17,7 +17,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import trio
@@ -26,6 +26,7 @@ from modelfs.errors import MetadataUnavailable, ModelfsError, UserError
 from modelfs.ids import ROOT_INODE
 from modelfs.limits import MIB
 from modelfs.mirror import Change, NodeChanged
+from modelfs.policy import Rules
 from modelfsd import identity as identities
 from modelfsd.bootstrap import Bootstrap, Entered, info_for_strangers
 from modelfsd.chunks import Chunks
@@ -36,6 +37,8 @@ from modelfsd.discovery import Announcement, Discovery
 from modelfsd.disk import DiskChunkStore
 from modelfsd.feed import Feed
 from modelfsd.files import Files
+from modelfsd.group_commit import GroupCommit
+from modelfsd.history import History
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInodes
 from modelfsd.leases import Leases
@@ -47,11 +50,16 @@ from modelfsd.notifier import Notifier
 from modelfsd.operations import Operations
 from modelfsd.peer_client import PeerClient
 from modelfsd.peer_server import PeerServer
+from modelfsd.policies import Policies
+from modelfsd.recovery_service import RecoveryService
 from modelfsd.repairer import Repairer
 from modelfsd.replica_file import ReplicaFile
 from modelfsd.replicator import Replicator
+from modelfsd.retention import Retention
+from modelfsd.space import Space
 from modelfsd.status import Status
 from modelfsd.tree import Tree
+from modelfsd.upkeep import Upkeep, UpkeepParts
 from modelfsd.writer import Writer
 
 log = logging.getLogger(__name__)
@@ -126,7 +134,10 @@ class Node:
         path = config.state_dir / "namespace.sqlite"
         self._replica = ReplicaFile(path, entered.identity.cluster)
         self._feed = Feed(self._store, self._replica, entered.identity.node)
-        self._namespace = Namespace(self._store, self._feed, entered.identity.node)
+        group = GroupCommit(self._store, nursery.start_soon)
+        defaults = Rules(config.replicas, config.retain_seconds)
+        self._namespace = Namespace(group, self._feed, entered.identity.node, defaults)
+        self._retention = Retention(self._namespace, self._store)
 
     async def run(self, ready: Ready) -> None:
         """Start everything, serve until unmounted, stop everything."""
@@ -139,6 +150,8 @@ class Node:
                 self._nursery.start_soon(self._feed.run)
                 self._nursery.start_soon(self._repairer.run, self._chunks)
                 await self._register()
+                self._nursery.start_soon(self._upkeep.run)
+                self._nursery.start_soon(self._retention.run)
                 await self._serve(ready)
                 await self._membership.leave()
             finally:
@@ -181,26 +194,42 @@ class Node:
         inodes = self._inodes = KernelInodes(namespace.require(ROOT_INODE))
         cache = KernelCache(inodes, namespace, notifier)
         leases = Leases(namespace, config.lock_wait_seconds, start_soon)
+        replicator = Replicator(self._chunks)
         self._writer = Writer(
             namespace,
             leases,
             self._contents,
-            Replicator(self._chunks),
+            replicator,
             cache,
             config.state_dir,
             start_soon,
         )
-        tree = Tree(namespace, cache, config.replicas)
+        tree = Tree(namespace, cache)
         self._files = Files(namespace, cache, tree, self._contents, self._writer, start_soon)
-        space = _Space(config, self._feed)
-        self._operations = Operations(mirror, inodes, tree, self._files, space)
+        space, xattr = Space(mirror, config.replicas), config.options.xattr
+        self._operations = Operations(mirror, inodes, tree, self._files, space, xattr)
         self._mount = FuseMount(config, self._operations, notifier)
         endpoint = self._member.client_endpoint if self._member else ""
-        myself = Self(self._identity.node, config.name, *config.listen, config.zone, endpoint)
+        grace = config.reclaim_grace_seconds
+        node = self._identity.node
+        myself = Self(node, config.name, *config.listen, config.zone, endpoint, grace)
         self._membership = Membership(
             myself, self._store, namespace, leases, self._peers, self._disk.usage
         )
-        for listener in (cache, leases, self._membership):
+        sessions = self._writer.open_sessions
+        parts = UpkeepParts(
+            self._feed,
+            namespace,
+            self._chunks,
+            replicator,
+            inodes,
+            leases,
+            lambda: [session.copy for session in sessions],
+            self._writer.lost_dir,
+        )
+        retained = (self._retention.retained,)
+        self._upkeep = Upkeep(parts, grace, config.down_out_seconds, retained)
+        for listener in (cache, leases, self._membership, self._upkeep, self._retention):
             self._feed.listen(listener.on_changes)
         self._feed.listen(self._on_changes)
         self._membership.on_changes([NodeChanged(n, r) for n, r in mirror.nodes.items()])
@@ -214,6 +243,7 @@ class Node:
             lambda: self._feed.is_attached,
             lambda: self._warnings,
             os.getpid(),
+            lambda: asdict(self._upkeep.statistics()),
         )
         if kept := self._writer.keep_leftovers():
             lost_dir = self._writer.lost_dir
@@ -262,11 +292,17 @@ class Node:
 
     async def _serve(self, ready: Ready) -> None:
         """Mount, and answer the kernel until the mount is gone."""
+        mountpoint = self._config.mountpoint
+        history = History(self._writer, self._store, self._chunks.name_of, mountpoint)
         handlers = {
             "status": self._status.status,
             "info": self._status.info,
             "counters": self._counters,
             "stop": self._stop,
+            "versions": history.versions,
+            "restore": history.restore,
+            "policy": Policies(self._namespace).policy,
+            **RecoveryService(self._writer, self._chunks).handlers(),
         }
         control = ControlServer(self._config.control_path, handlers)
         self._mount.open()
@@ -359,18 +395,3 @@ def _cache_bytes(config: Config) -> int:
     if config.cache_size is not None:
         return config.cache_size
     return shutil.disk_usage(config.state_dir).free // CACHE_SHARE
-
-
-@dataclass(frozen=True, slots=True)
-class _Space:
-    """What statfs shows: the pool's real space, divided by the replicas that each byte takes."""
-
-    config: Config
-    feed: Feed
-
-    def __call__(self) -> tuple[int, int, int]:
-        nodes = self.feed.mirror.nodes.values()
-        capacity_bytes = sum(record.capacity_bytes for record in nodes)
-        free_bytes = sum(record.free_bytes for record in nodes)
-        copies = max(1, min(self.config.replicas, len(nodes)))
-        return capacity_bytes // copies, free_bytes // copies, self.feed.mirror.file_count

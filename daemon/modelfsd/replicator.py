@@ -99,8 +99,11 @@ class Replicator:
     async def sync(self, placements: Placements, replicas: int) -> None:
         """Make every name in the account survive a crash; the account is empty afterwards.
 
-        Where a node died since its copy was made, the copies are made again elsewhere.
+        Where a node died since its copy was made, the copies are made again elsewhere. Raises
+        `ReplicationFailed` if nodes go on to take copies and to fail at this.
         """
+        give_up_at = trio.current_time() + GIVE_UP_SECONDS
+        pause_seconds = 0.0  # none before the copies are made again for the first time
         while placements.by_node:
             waiting, placements.by_node = placements.by_node, {}
             incarnations, placements.incarnations = placements.incarnations, {}
@@ -109,9 +112,17 @@ class Replicator:
                 for node in waiting:
                     incarnation = incarnations.get(node)
                     nursery.start_soon(self._sync_node, node, incarnation, failed)
+            if failed and trio.current_time() >= give_up_at:
+                placed = next(iter(waiting[failed[0]].values()))
+                names = ", ".join(self.chunks.name_of(node) for node in failed)
+                reason = f"{names} could not make it safe"
+                raise ReplicationFailed(placed.ref.id, replicas - 1, replicas, reason)
+            if failed:
+                await trio.sleep(pause_seconds)
+                pause_seconds = RETRY_SECONDS
             for node in failed:
                 for placed in waiting[node].values():
-                    await self._put_again(placed, replicas, placements)
+                    await self.put_again(placed, replicas, placements)
 
     async def _sync_node(self, node: NodeId, incarnation: str | None, failed: list[NodeId]) -> None:
         try:
@@ -124,7 +135,8 @@ class Replicator:
             self.chunks.suspect(node)
             failed.append(node)
 
-    async def _put_again(self, placed: PlacedChunk, replicas: int, placements: Placements) -> None:
+    async def put_again(self, placed: PlacedChunk, replicas: int, placements: Placements) -> None:
+        """Make the copies of a chunk complete again, from one that is left."""
         data = await self.chunks.read(placed, replicas, 0, placed.ref.length)
         ref, table = await trio.to_thread.run_sync(describe, data)
         assert ref == placed.ref

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any, TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from modelfsd.lost import LostCopy
 from modelfsd.registry import Entry
-from modelfsd.units import format_size
+from modelfsd.units import format_duration, format_size
 
 PIPE_WIDTH = 240  # columns where there is no terminal: wide enough that no cell is cut
 RANGES_SHOWN_MAX = 6
@@ -54,10 +56,21 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     else:
         copies = Text("complete", style="green")
     facts.add_row("copies", copies)
+    facts.add_row("upkeep", _upkeep_line(_part(status, "upkeep")))
     facts.add_row("etcd", _etcd_line(_part(status, "etcd")))
     parts: list[RenderableType] = [facts, _nodes_table(status.get("nodes") or [])]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in status.get("warnings", [])]
     return Group(*parts)
+
+
+def _upkeep_line(upkeep: dict[str, Any]) -> str:
+    line = f"gave back {_size(upkeep.get('freed_bytes'))}"
+    if upkeep.get("waiting_chunks"):
+        line += f" ({_count(upkeep['waiting_chunks'], 'chunk')} to go when their grace is over)"
+    line += f", made {_count(upkeep.get('copied_chunks'), 'missing copy', 'missing copies')}"
+    if upkeep.get("heal_failures"):
+        line += f" ({_said(upkeep['heal_failures'])} to be tried again)"
+    return line
 
 
 def _etcd_line(etcd: dict[str, Any]) -> Text:
@@ -149,10 +162,93 @@ def _holders_table(nodes: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def versions_view(answer: dict[str, Any]) -> RenderableType:
+    """`modelfs info PATH --versions`."""
+    facts = _facts()
+    facts.add_row("path", _said(answer.get("path")))
+    for gone in answer.get("removed_directories") or []:
+        text = f"{_said(gone.get('path'))} was removed; its version is {_said(gone.get('number'))}"
+        facts.add_row("directory", text)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("VERSION", justify="right", no_wrap=True)
+    table.add_column("MODIFIED", no_wrap=True)
+    table.add_column("SIZE", justify="right", no_wrap=True)
+    for heading in ("TYPE", "UNTIL", "WHY", "NODE", "KEPT UNTIL"):
+        table.add_column(heading, no_wrap=True)
+    for version in answer.get("versions") or []:
+        is_current = bool(version.get("current"))
+        table.add_row(
+            _said(version.get("number")),
+            _time(version.get("mtime_ns")),
+            _size(version.get("size")),
+            _said(version.get("type")),
+            Text("now", style="green") if is_current else _time(version.get("superseded_ns")),
+            "current" if is_current else _said(version.get("why")),
+            _said(version.get("node")),
+            "" if is_current else _time(version.get("expires_ns")),
+        )
+    parts: list[RenderableType] = [facts, table]
+    names, count = answer.get("gone_names") or [], answer.get("gone_name_count")
+    if names:
+        parts.append(Text(f"gone from here, and retained: {_count(count, 'name')}"))
+        parts += [Text(f"  {_said(name)}") for name in names]
+    return Group(*parts)
+
+
+def restored_text(answer: dict[str, Any]) -> str:
+    """`modelfs restore PATH --version N`."""
+    size = f" ({_size(answer.get('size'))})" if answer.get("type") == "file" else ""
+    restored, number = _said(answer.get("restored")), _said(answer.get("number"))
+    return f"restored version {restored} of {_said(answer.get('path'))} as version {number}{size}"
+
+
+def policy_view(answer: dict[str, Any]) -> RenderableType:
+    """`modelfs policy PATH`."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_row(Text("path", style="bold"), _said(answer.get("path")), "")
+    origins = _part(answer, "from")
+    retain = answer.get("retain_seconds")
+    for label, field, text in (
+        ("replicas", "replicas", _said(answer.get("replicas"))),
+        ("retain", "retain_seconds", "-" if retain is None else format_duration(retain)),
+        ("chunk size", "chunk_bytes", _size(answer.get("chunk_bytes"))),
+    ):
+        origin = f"from {_said(origins.get(field))}"
+        table.add_row(Text(label, style="bold"), text, Text(origin, style="dim"))
+    return table
+
+
+def _time(ns: object) -> str:
+    """A time in nanoseconds since 1970, in this machine's zone, to the second."""
+    if not isinstance(ns, int):
+        return "-"
+    try:
+        return datetime.fromtimestamp(ns // 1_000_000_000).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, ValueError, OSError):
+        return "-"
+
+
 def _ranges(ranges: Sequence[Sequence[int]]) -> str:
     shown = [str(a) if a == b else f"{a}-{b}" for a, b in ranges[:RANGES_SHOWN_MAX]]
     rest = len(ranges) - len(shown)
     return " ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def lost_view(copies: Sequence[LostCopy]) -> RenderableType:
+    """`modelfs recover --list`."""
+    if not copies:
+        return Text("nothing is lost")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("NAME", "PATH", "NODE", "WRITTEN"):
+        table.add_column(heading, no_wrap=heading != "PATH", overflow="fold")
+    table.add_column("SIZE", justify="right", no_wrap=True)
+    table.add_column("WHY", overflow="fold")
+    for copy in copies:
+        when = datetime.fromtimestamp(copy.written_at).strftime("%Y-%m-%d %H:%M:%S")
+        why = f"{copy.why} (still open)" if copy.is_open else copy.why
+        path, node = _said(copy.path or None), _said(copy.node or None)
+        table.add_row(copy.name, path, node, when, format_size(copy.size), _said(why))
+    return table
 
 
 def daemons_text(entries: Sequence[Entry]) -> str:

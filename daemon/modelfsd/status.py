@@ -52,10 +52,12 @@ class Status:
         is_attached: Callable[[], bool],
         warnings: Callable[[], list[str]],
         pid: int,
+        upkeep: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._config, self._identity, self._mirror = config, identity, mirror
         self._store, self._chunks, self._contents = store, chunks, contents
         self._is_attached, self._warnings, self._pid = is_attached, warnings, pid
+        self._upkeep = upkeep
 
     # ------------------------------------------------------------ status
 
@@ -79,6 +81,7 @@ class Status:
             "directories": self._mirror.directory_count,
             "bytes": self._mirror.file_bytes,
             "chunks_under_replicated": under_replicated,
+            "upkeep": self._upkeep(),
             "warnings": [*self._warnings(), *self._judge(nodes, members, under_replicated)],
         }
 

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from modelfs import changes
+from modelfs import changes, xattrs
 from modelfs.changes import AttributeChange, Claim
 from modelfs.errors import NoSuchEntry, NotDirectory
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode, check_name
-from modelfs.limits import CHUNK_BYTES_DEFAULT
+from modelfs.policy import rules_of
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInode
 from modelfsd.namespace import Namespace
@@ -50,10 +50,10 @@ class DirectoryEntry:
 
 
 class Tree:
-    """The tree as this node's kernel sees it. `replicas` is the policy for new files."""
+    """The tree as this node's kernel sees it."""
 
-    def __init__(self, namespace: Namespace, cache: KernelCache, replicas: int) -> None:
-        self._namespace, self._cache, self._replicas = namespace, cache, replicas
+    def __init__(self, namespace: Namespace, cache: KernelCache) -> None:
+        self._namespace, self._cache = namespace, cache
         self._mirror = namespace.mirror
 
     # ------------------------------------------------------------ looking
@@ -113,20 +113,21 @@ class Tree:
         """Make an inode under a new name. Raises `EntryExists`."""
         check_name(name)
         ino = await self._namespace.new_inode_number()
-        record = self._new_record(parent.record, new, caller)
+        record = self._new_record(parent, new, caller)
         await self._namespace.change(
             lambda mirror: changes.create(mirror, parent.ino, name, ino, record, claim)
         )
         return self._counted(ino, self._namespace.require(ino))
 
-    def _new_record(self, parent: Inode, new: NewInode, caller: Caller) -> Inode:
+    def _new_record(self, parent: KernelInode, new: NewInode, caller: Caller) -> Inode:
         now_ns = time.time_ns()
         mode, gid = new.mode, caller.gid
-        if parent.mode & stat.S_ISGID:  # a set-group-id directory hands its group down
-            gid = parent.gid
+        if parent.record.mode & stat.S_ISGID:  # a set-group-id directory hands its group down
+            gid = parent.record.gid
             if stat.S_ISDIR(mode):
                 mode |= stat.S_ISGID
         is_file = stat.S_ISREG(mode)
+        rules = rules_of(self._mirror, parent.ino, self._namespace.defaults)
         return Inode(
             mode=mode,
             uid=caller.uid,
@@ -136,8 +137,8 @@ class Tree:
             ctime_ns=now_ns,
             size=len(new.target),
             inline=b"" if is_file else None,
-            chunk_bytes=CHUNK_BYTES_DEFAULT if is_file else 0,
-            replicas=self._replicas if is_file else 0,
+            chunk_bytes=rules.chunk_bytes if is_file else 0,
+            replicas=rules.replicas if is_file else 0,
             editor=self._namespace.node_id,
             rdev=new.rdev,
             target=new.target,
@@ -153,7 +154,9 @@ class Tree:
     async def remove(self, parent: KernelInode, name: bytes, directory: bool) -> None:
         """unlink, or rmdir."""
         await self._namespace.change(
-            lambda mirror: changes.remove(mirror, parent.ino, name, directory, time.time_ns())
+            lambda mirror: changes.remove(
+                mirror, parent.ino, name, directory, time.time_ns(), self._namespace.keep
+            )
         )
 
     async def rename(
@@ -165,7 +168,9 @@ class Tree:
         """Move a name."""
         old, new = (source[0].ino, source[1]), (target[0].ino, target[1])
         await self._namespace.change(
-            lambda mirror: changes.rename(mirror, old, new, keep_existing, time.time_ns())
+            lambda mirror: changes.rename(
+                mirror, old, new, keep_existing, time.time_ns(), self._namespace.keep
+            )
         )
 
     async def set_attributes(self, inode: KernelInode, change: AttributeChange) -> None:
@@ -180,6 +185,12 @@ class Tree:
             lambda mirror: changes.set_attributes(
                 mirror, inode.ino, change, self._namespace.node_id, time.time_ns()
             )
+        )
+
+    async def set_xattr(self, inode: KernelInode, name: bytes, value: bytes | None) -> None:
+        """Set an extended attribute, or remove it (None)."""
+        await self._namespace.change(
+            lambda mirror: xattrs.set_xattr(mirror, inode.ino, name, value, time.time_ns())
         )
 
     @staticmethod

@@ -9,44 +9,39 @@ was written, a sealed chunk, the base version, zeros.
 Invariants:
 - a position is staged or sealed or neither, never both, except while it is being sealed;
 - `_base_limit` bytes of the base version are still part of the file: truncating lowers it for good;
-- `_Staged.under_limit` is the same for what lies under one staged chunk.
+- `StagedChunk.under_limit` is the same for what lies under one staged chunk;
+- the staging directory holds all of this at any moment (see `staging`).
 """
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import shutil
+import base64
 import time
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
+from msgspec.structs import replace
 
 from modelfs import stripe
-from modelfs.chunk import Buffer, describe, is_zeros
-from modelfs.errors import FileTooLarge, OutOfSpace
-from modelfs.extents import Extents
-from modelfs.ids import InodeNumber
-from modelfs.inode import Inode
+from modelfs.chunk import Buffer, ChunkRef, describe, is_zeros
+from modelfs.errors import FileTooLarge
+from modelfs.ids import Epoch, InodeNumber
+from modelfs.inode import Inode, encode
 from modelfs.limits import FILE_BYTES_MAX
 from modelfs.manifest import PlacedChunk
 from modelfsd.contents import Contents, zeros
 from modelfsd.replicator import Placements, Replicator
+from modelfsd.staging import (
+    StagedChunk,
+    StagingDirectory,
+    cut_at,
+    read_at,
+    read_exactly,
+    write_at,
+)
 
-JOURNAL = "sealed.jsonl"
-DESCRIPTION = "description.json"
-
-
-@dataclass(slots=True, eq=False)
-class _Staged:
-    """A chunk position that is being written."""
-
-    path: Path
-    under_limit: int  # bytes of the chunk that what lies under it still provides
-    extents: Extents = field(default_factory=Extents)
-    lock: trio.Lock = field(default_factory=trio.Lock)
+CRASHED = "the daemon ended before the file was closed"
 
 
 class WorkingCopy:
@@ -62,17 +57,21 @@ class WorkingCopy:
         limiter: trio.CapacityLimiter,
         path: str,
     ) -> None:
-        self.ino, self.base, self.directory = ino, base, directory
+        self.ino, self.base = ino, base
         self.size = base.size
         self.mtime_ns: int | None = None  # as the kernel last told us, since the base version
         self.is_dirty = False
         self.placements = Placements()
         self._contents, self._replicator, self._limiter = contents, replicator, limiter
         self._base_limit = base.size
-        self._staged: dict[int, _Staged] = {}
+        self._cut_size = base.size  # the file's size but for what was written since
+        self._staged: dict[int, StagedChunk] = {}
         self.sealed: dict[int, PlacedChunk | None] = {}
-        self._has_directory = False
+        self._directory, self._commit_count = directory, 0
+        self._files = StagingDirectory(directory)
+        self._making = trio.Lock()
         self._path = path
+        self._node_name = replicator.chunks.name_of(replicator.chunks.node_id)
 
     # ------------------------------------------------------------ writing
 
@@ -83,14 +82,16 @@ class WorkingCopy:
         """
         if offset + len(data) > FILE_BYTES_MAX:
             raise FileTooLarge(self.ino)
+        # Before anything is staged: a WRITE beside this one may complete a chunk that holds bytes
+        # of this one, and what is sealed ends where the file ends.
+        self.size = max(self.size, offset + len(data))
+        self.is_dirty = True
         view = memoryview(data)
         completed: list[int] = []
         done = 0
         for piece in stripe.cut(self.base.chunk_bytes, offset, len(data)):
             await self._stage(piece, view[done : done + piece.size], completed)
             done += piece.size
-        self.size = max(self.size, offset + len(data))
-        self.is_dirty = True
         return completed
 
     async def _stage(
@@ -102,34 +103,32 @@ class WorkingCopy:
                 if self._staged.get(piece.index) is not staged:
                     continue  # it was sealed while we waited
                 await trio.to_thread.run_sync(
-                    _write_at, staged.path, data, piece.start, limiter=self._limiter
+                    self._files.write, piece.index, staged, data, piece.start, limiter=self._limiter
                 )
                 staged.extents.add(piece.start, piece.start + piece.size)
                 if staged.extents.covers(0, stripe.span(self.base.chunk_bytes, piece.index)[1]):
                     completed.append(piece.index)
                 return
 
-    async def _begin(self, index: int) -> _Staged:
+    async def _begin(self, index: int) -> StagedChunk:
         """Start to stage a position."""
-        if not self._has_directory:
-            await trio.to_thread.run_sync(self._make_directory)
+        if not self._files.is_made:
+            async with self._making:
+                await trio.to_thread.run_sync(self._files.make, self._description(CRASHED, False))
         if index not in self._staged:
             start, span = stripe.span(self.base.chunk_bytes, index)
             limit = span if index in self.sealed else max(0, min(span, self._base_limit - start))
-            self._staged[index] = _Staged(self.directory / f"{index}", limit)
+            self._staged[index] = self._files.new_chunk(index, limit)
         return self._staged[index]
-
-    def _make_directory(self) -> None:
-        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._has_directory = True
-        self.describe_on_disk("the daemon ended before the file was closed")
 
     async def truncate(self, size: int) -> None:
         """Set the file's size. What is cut off reads as zeros should the file grow again."""
         if size > FILE_BYTES_MAX:
             raise FileTooLarge(self.ino)
         shrinks = size < self.size
-        self.size = size
+        if self._files.is_made:
+            await trio.to_thread.run_sync(self._files.note_size, size, shrinks)
+        self.size = self._cut_size = size
         self.is_dirty = True
         if not shrinks:
             return
@@ -139,11 +138,20 @@ class WorkingCopy:
                 await self._discard(index)
         self._base_limit = min(self._base_limit, size)
         if within:
-            staged = self._staged.get(border) or await self._begin(border)
+            await self._cut(border, within)
+
+    async def _cut(self, index: int, within: int) -> None:
+        """Shorten what is staged or lies under a position to its first `within` bytes."""
+        while True:
+            staged = self._staged.get(index) or await self._begin(index)
             async with staged.lock:
+                if self._staged.get(index) is not staged:
+                    continue  # it was sealed while we waited: stage it again, over the chunk
                 staged.extents.clip(within)
                 staged.under_limit = min(staged.under_limit, within)
-                await trio.to_thread.run_sync(_cut_at, staged.path, within)
+                await trio.to_thread.run_sync(self._files.note_limit, index, staged, within)
+                await trio.to_thread.run_sync(cut_at, staged.path, within)
+                return
 
     async def _discard(self, index: int) -> None:
         staged = self._staged.get(index)
@@ -173,10 +181,10 @@ class WorkingCopy:
             parts.append(await self._under(piece.index, piece.start, piece.size))
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _overlay(self, piece: stripe.ChunkRange, staged: _Staged) -> bytes:
+    async def _overlay(self, piece: stripe.ChunkRange, staged: StagedChunk) -> bytes:
         """A range of a staged chunk, with what lies under it in the gaps."""
         data = await trio.to_thread.run_sync(
-            _read_at, staged.path, piece.start, piece.size, limiter=self._limiter
+            read_at, staged.path, piece.start, piece.size, limiter=self._limiter
         )
         end = piece.start + piece.size
         for gap_start, gap_end in list(staged.extents.gaps(piece.start, end)):
@@ -185,7 +193,7 @@ class WorkingCopy:
         return bytes(data)
 
     async def _under_staged(
-        self, index: int, staged: _Staged, start: int, end: int
+        self, index: int, staged: StagedChunk, start: int, end: int
     ) -> bytes | memoryview:
         valid = max(0, min(end, staged.under_limit) - start)
         if not valid:
@@ -231,33 +239,31 @@ class WorkingCopy:
             placed = await self._put(index, staged, length) if length else None
             self.sealed[index] = placed
             del self._staged[index]
-            await trio.to_thread.run_sync(self._note_sealed, index, placed, staged.path)
+            await trio.to_thread.run_sync(partial(staged.path.unlink, missing_ok=True))
 
-    async def _put(self, index: int, staged: _Staged, length: int) -> PlacedChunk | None:
+    async def _put(self, index: int, staged: StagedChunk, length: int) -> PlacedChunk | None:
         for start, end in list(staged.extents.gaps(0, min(length, staged.under_limit))):
             under = await self._under(index, start, end - start)
             if not is_zeros(under):
-                await trio.to_thread.run_sync(_write_at, staged.path, under, start)
+                await trio.to_thread.run_sync(write_at, staged.path, under, start)
         data = await trio.to_thread.run_sync(
-            _read_exactly, staged.path, length, limiter=self._limiter
+            read_exactly, staged.path, length, limiter=self._limiter
         )
         if is_zeros(data):
+            await self._note_seal(index, staged, length, None)
             return None  # a hole
         ref, table = await trio.to_thread.run_sync(describe, data, limiter=self._limiter)
+        await self._note_seal(index, staged, length, ref)
         replicas = self.base.replicas
         return await self._replicator.put(ref, table, data, replicas, self.placements, staged.path)
 
-    def _note_sealed(self, index: int, placed: PlacedChunk | None, path: Path) -> None:
-        """Keep a record of what is no longer in a staging file, for recovery after a crash."""
-        path.unlink(missing_ok=True)
-        chunk = placed and {
-            "id": placed.ref.id.hex(),
-            "checksum": placed.ref.checksum,
-            "length": placed.ref.length,
-            "epoch": placed.epoch,
-        }
-        with open(self.directory / JOURNAL, "a") as journal:
-            journal.write(json.dumps({"index": index, "chunk": chunk}) + "\n")
+    async def _note_seal(
+        self, index: int, staged: StagedChunk, length: int, ref: ChunkRef | None
+    ) -> None:
+        placement = self._replicator.chunks.mirror.latest_map
+        epoch = placement.epoch if placement else Epoch(0)
+        note = self._files.note_seal
+        await trio.to_thread.run_sync(note, index, staged, length, ref, epoch)
 
     async def stage_inline_base(self) -> None:
         """Contents that stood in the base's record become a chunk, now that they outgrew it."""
@@ -273,88 +279,55 @@ class WorkingCopy:
         """How many bytes of the base version are still part of the file."""
         return self._base_limit
 
-    def describe_on_disk(self, why: str) -> None:
-        """Write beside the staged bytes what they are, for recovery. Blocks."""
-        if self._has_directory:
-            description = {
-                "path": self._path,
-                "ino": self.ino,
-                "base_version": self.base.version,
-                "chunk_bytes": self.base.chunk_bytes,
-                "size": self.size,
-                "time": time.time(),
-                "why": why,
-            }
-            (self.directory / DESCRIPTION).write_text(json.dumps(description) + "\n")
+    @property
+    def directory_name(self) -> str:
+        """What recovery calls this working copy."""
+        return self._files.path.name
 
-    def rebase(self, committed: Inode) -> None:
-        """The copy has been committed as this record: it is the base now."""
+    def describe_on_disk(self, why: str) -> None:
+        """Write beside the staged bytes that and why they are lost. Blocks. Raises OSError."""
+        if self._files.is_made:
+            self._files.describe(self._description(why, True))
+
+    def _description(self, why: str, is_lost: bool) -> dict[str, object]:
+        """What the staging files cannot tell. `layout.Description` reads it."""
+        return {
+            "path": self._path,
+            "node": self._node_name,
+            "ino": self.ino,
+            "base": base64.b64encode(encode(replace(self.base, xattrs={}))).decode("ascii"),
+            "base_limit": self._base_limit,
+            "cut_size": self._cut_size,
+            "time": time.time(),
+            "why": why,
+            "is_lost": is_lost,
+        }
+
+    def rebase(self, committed: Inode) -> StagingDirectory:
+        """The copy has been committed as this record: it is the base now.
+
+        Returns the staging directory, which nobody needs any more; writes begin a new one.
+        """
         assert not self._staged or committed.inline is not None
         self.base = committed
-        self._base_limit = committed.size
-        for staged in self._staged.values():
-            staged.path.unlink(missing_ok=True)
+        self._base_limit = self._cut_size = committed.size
         self._staged.clear()
         self.sealed.clear()
         self.is_dirty = False
         self.mtime_ns = None
+        done = self._files
+        self._commit_count += 1
+        name = f"{self._directory.name}-{self._commit_count}"
+        self._files = StagingDirectory(self._directory.with_name(name))
+        return done
 
     def discard(self) -> None:
         """Remove the staging files. Blocks."""
-        if self._has_directory:
-            shutil.rmtree(self.directory)
-            self._has_directory = False
+        self._files.discard()
 
-    def keep(self, lost_dir: Path) -> None:
+    def keep(self, lost_dir: Path, why: str) -> None:
         """Move the staging files to where recovery looks for them. Blocks."""
-        if self._has_directory:
-            os.rename(self.directory, lost_dir / self.directory.name)
-            self._has_directory = False
-
-
-def _write_at(path: Path, data: Buffer, offset: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        view, done = memoryview(data), 0
-        while done < len(view):
-            done += os.pwrite(descriptor, view[done:], offset + done)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfSpace(f"no room for {len(data)} bytes in {path.parent}") from error
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _read_at(path: Path, offset: int, size: int) -> bytearray:
-    """`size` bytes; what the file does not have is zeros."""
-    data = bytearray(size)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return data  # nothing was written yet
-    try:
-        view, done = memoryview(data), 0
-        while done < size and (count := os.preadv(descriptor, [view[done:]], offset + done)):
-            done += count
-    finally:
-        os.close(descriptor)
-    return data
-
-
-def _read_exactly(path: Path, length: int) -> bytearray:
-    """A whole staging file, made `length` bytes long: the store may take it as it is."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        os.ftruncate(descriptor, length)
-    finally:
-        os.close(descriptor)
-    return _read_at(path, 0, length)
-
-
-def _cut_at(path: Path, size: int) -> None:
-    try:
-        if path.stat().st_size > size:
-            os.truncate(path, size)
-    except FileNotFoundError:
-        return  # nothing was written yet
+        try:
+            self.describe_on_disk(why)
+        finally:
+            self._files.keep(lost_dir)

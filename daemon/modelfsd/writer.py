@@ -13,7 +13,6 @@ fails, and its bytes are kept under `lost/`.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,10 +31,11 @@ from modelfsd.budget import ByteBudget
 from modelfsd.contents import Contents, gather
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInode
-from modelfsd.leases import Leases
+from modelfsd.leases import LINGER_SECONDS, RESERVED_SECONDS, Leases
 from modelfsd.namespace import Namespace
 from modelfsd.replicator import Replicator
 from modelfsd.shared_lock import SharedLock
+from modelfsd.staging import StagingDirectory, keep
 from modelfsd.working_copy import WorkingCopy
 
 log = logging.getLogger(__name__)
@@ -81,19 +81,14 @@ class Writer:
         """The last handle is closed and everything settled."""
         self.open_sessions.discard(session)
         session.inode.session = None
-        self.inodes.close(session.inode)
+        self.inodes.drop_if_unused(session.inode)
 
     def keep_leftovers(self) -> int:
         """Move what an earlier run of the daemon had staged to `lost/`. Returns how many files."""
         self.staging_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.lost_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         leftovers = sorted(self.staging_dir.iterdir())
-        for directory in leftovers:
-            if any(directory.iterdir()):
-                os.rename(directory, self.lost_dir / directory.name)
-            else:
-                directory.rmdir()
-        return len(leftovers)
+        return sum(keep(directory, self.lost_dir) for directory in leftovers)
 
     async def flush_all(self) -> None:
         """Commit every dirty working copy; what fails is kept and logged. For a clean stop."""
@@ -130,7 +125,8 @@ class WriteSession:
 
     def adopt_lease(self) -> None:
         """The file was created together with its lease."""
-        self._token = self._writer.leases.hold(self.inode.ino, self._lose)
+        if self._writer.leases.is_ours(self.inode.ino):  # else the first write takes it again
+            self._token = self._writer.leases.hold(self.inode.ino, self._lose)
 
     @property
     def has_lease(self) -> bool:
@@ -149,9 +145,15 @@ class WriteSession:
             token = await self._writer.leases.take(ino, self._lose)
             latest = self._writer.namespace.mirror.inode(ino)
             if latest is None or latest.version != self.copy.base.version:
-                self._writer.leases.reserve(ino, token)
+                self._writer.leases.reserve(ino, token, RESERVED_SECONDS)
                 raise StaleHandle(ino)
             self._token = token
+
+    def reserve_lease(self) -> None:
+        """The only handle is about to be given up, and its OPEN will come again: keep the lease."""
+        if self._token is not None and self.handles == 1 and not self.copy.is_dirty:
+            token, self._token = self._token, None
+            self._writer.leases.reserve(self.inode.ino, token, RESERVED_SECONDS)
 
     def _lose(self, reason: str) -> None:
         if self.copy.is_dirty and not self._is_unlinked:
@@ -246,18 +248,33 @@ class WriteSession:
 
     async def _commit(self) -> None:
         copy, namespace = self.copy, self._writer.namespace
-        if self._token is None:
+        if self._token is None and namespace.mirror.inode(copy.ino) is None:
             raise NoSuchEntry(copy.ino)
+        if self._token is None:  # it went while the first write was on its way
+            raise WriteLost(copy.ino, "its lease has lapsed")
         token = self._token
         contents = await self._store_contents()
         await self._writer.replicator.sync(copy.placements, copy.base.replicas)
         self._raise_failure()
         committed = await namespace.change(
             lambda mirror: changes.commit_contents(
-                mirror, copy.ino, token, copy.base.version, contents, time.time_ns()
+                mirror,
+                copy.ino,
+                token,
+                copy.base.version,
+                contents,
+                time.time_ns(),
+                namespace.keep,
             )
         )
-        copy.rebase(committed)
+        await self._remove(copy.rebase(committed))
+
+    async def _remove(self, done: StagingDirectory) -> None:
+        """Remove what has been committed. If that fails the commit stands all the same."""
+        try:
+            await trio.to_thread.run_sync(done.discard)
+        except OSError as error:
+            log.warning("the staging files of %s were committed and remain: %s", self, error)
 
     async def _store_contents(self) -> Inode:
         """Put everything but the inode in place; returns the fields to commit."""
@@ -319,15 +336,23 @@ class WriteSession:
                 return  # opened again meanwhile, here and after each await below
             token, self._token = self._token, None
             if token is not None:
-                await self._writer.leases.drop(self.inode.ino, token)
-            if self.handles:
-                return
-            if self.failure is None:
-                await trio.to_thread.run_sync(self.copy.discard)
-            else:
-                await trio.to_thread.run_sync(self.copy.keep, self._writer.lost_dir)
+                self._writer.leases.reserve(self.inode.ino, token, LINGER_SECONDS)
+            await self._let_go_of_files()
             if not self.handles:
                 self._writer.end(self)
+
+    async def _let_go_of_files(self) -> None:
+        """Remove the staging files, or keep them for recovery. Waits for `_describe_loss`."""
+        async with self._gate.alone():
+            try:
+                if self.failure is None:
+                    await trio.to_thread.run_sync(self.copy.discard)
+                else:
+                    await trio.to_thread.run_sync(
+                        self.copy.keep, self._writer.lost_dir, str(self.failure)
+                    )
+            except OSError as error:  # a start of the daemon moves what is left to lost/
+                log.error("the files of %s stay where they are, or as they are: %s", self, error)
 
     def _raise_failure(self) -> None:
         if self.failure is not None:
@@ -344,7 +369,10 @@ class WriteSession:
 
     async def _describe_loss(self) -> None:
         async with self._gate.alone():
-            await trio.to_thread.run_sync(self.copy.describe_on_disk, str(self.failure))
+            try:
+                await trio.to_thread.run_sync(self.copy.describe_on_disk, str(self.failure))
+            except OSError as error:  # the full disk, perhaps, that is the very reason
+                log.error("why %s is kept could not be written beside it: %s", self, error)
 
     def __str__(self) -> str:
         path = self._writer.namespace.mirror.path_of(self.inode.ino)

@@ -210,6 +210,32 @@ async def many_keys_load_in_order_at_one_revision(harness: MetadataHarness) -> N
     assert revision >= result.revision + 1
 
 
+async def a_walk_by_pages_finds_every_key(harness: MetadataHarness) -> None:
+    store = harness.store
+    wanted = [b"n/%03d" % number for number in range(120)] + [b"n/\xff\xff"]
+    for key in (*wanted, b"m", b"n", b"n0", b"o"):
+        await put(store, key, key * 2)
+    found: list[KeyValue] = []
+    while page := await store.page(b"n/", found[-1].key if found else b"", 50):
+        assert len(page) <= 50
+        found += page
+        await put(store, b"n/000")  # behind the walk: it changes nothing
+    assert [kv.key for kv in found] == wanted
+    assert found[1] == await store.get(wanted[1])
+    assert await store.page(b"n/", b"n/\xff\xff\xff", 1) == []
+
+
+async def a_load_can_leave_values_out(harness: MetadataHarness) -> None:
+    store = harness.store
+    for key in (b"a", b"n", b"n/1", b"n/2", b"o"):
+        await put(store, key, key)
+    revision, rows = await store.load(b"", bare=b"n/")
+    assert [kv.value for kv in rows] == [b"a", b"n", b"", b"", b"o"]
+    whole = await store.load(b"")
+    assert whole[0] == revision
+    assert [kv.mod_revision for kv in whole[1]] == [kv.mod_revision for kv in rows]
+
+
 async def a_watch_tells_all_changes_in_order(harness: MetadataHarness) -> None:
     store = harness.store
     start = await put(store, b"w/a", b"1")
@@ -346,6 +372,8 @@ METADATA_CLAIMS: tuple[Claim, ...] = (
     a_key_put_twice_is_refused,
     a_request_beyond_etcds_limit_is_refused,
     many_keys_load_in_order_at_one_revision,
+    a_walk_by_pages_finds_every_key,
+    a_load_can_leave_values_out,
     a_watch_tells_all_changes_in_order,
     a_watch_goes_on_where_another_ended,
     a_watch_waits_for_a_revision_to_come,

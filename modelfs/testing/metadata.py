@@ -16,7 +16,7 @@ Time moves only by `advance`. One trio run at a time; not safe for threads.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import TracebackType
 from typing import Self
@@ -137,11 +137,23 @@ class MemoryMetadataStore:
         await self._reach()
         return self._keys.get(key)
 
-    async def load(self, prefix: bytes) -> tuple[Revision, list[KeyValue]]:
+    async def load(
+        self, prefix: bytes, bare: bytes | None = None
+    ) -> tuple[Revision, list[KeyValue]]:
         """See the port."""
         await self._reach()
         keys = sorted(key for key in self._keys if key.startswith(prefix))
-        return self.revision, [self._keys[key] for key in keys]
+        rows = [self._keys[key] for key in keys]
+        if bare is not None:
+            rows = [replace(r, value=b"") if r.key.startswith(bare) else r for r in rows]
+        return self.revision, rows
+
+    async def page(self, prefix: bytes, after: bytes, limit: int) -> list[KeyValue]:
+        """See the port."""
+        assert limit > 0
+        await self._reach()
+        keys = sorted(key for key in self._keys if key.startswith(prefix) and key > after)
+        return [self._keys[key] for key in keys[:limit]]
 
     def watch(self, prefix: bytes, start: Revision) -> MemoryWatch:
         """See the port."""

@@ -116,9 +116,9 @@ def test_a_wrong_command_line_has_exit_code_2(arguments: list[str]) -> None:
 def test_the_help_names_what_there_is_and_nothing_else() -> None:
     done = modelfs("--help")
     assert done.returncode == 0
-    for command in ("mount", "umount", "status", "info", "lab"):
+    for command in ("mount", "umount", "status", "info", "policy", "restore", "recover", "lab"):
         assert f"  {command} " in done.stdout
-    for command in ("token", "recover", "scrub", "fsck", "policy", "restore", "cache"):
+    for command in ("token", "scrub", "fsck", "cache"):
         assert command not in done.stdout
 
 

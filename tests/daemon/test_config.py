@@ -42,6 +42,7 @@ def test_the_defaults_are_those_of_the_manual() -> None:
     assert (config.etcd_client_port, config.etcd_peer_port) == (7421, 7422)
     assert config.lock_wait_seconds == 30
     assert config.down_out_seconds == 600
+    assert config.reclaim_grace_seconds == 3600
     assert config.cache_size is None
     assert not config.options.allow_other
 
@@ -114,6 +115,7 @@ def test_a_wrong_value_in_the_environment_names_its_variable() -> None:
         ("replicas = ", "is not TOML"),
         ("peers = 3", "is not a list"),
         ("lock_wait = '2h'", "longer than an hour"),
+        ("reclaim_grace = '0.5s'", "reclaim_grace: '0.5s' is too short"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(settings: Path, text: str, complaint: str) -> None:

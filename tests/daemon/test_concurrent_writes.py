@@ -1,0 +1,54 @@
+"""The kernel sends the WRITEs of one file many at a time, in any order, across chunk borders."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import trio
+
+from modelfs.chunk import Buffer, describe
+from modelfs.limits import KIB
+from modelfsd.staging import StagedChunk, StagingDirectory
+from tests.daemon.node_parts import CHUNK, cluster_of
+
+FIRST = CHUNK // 4  # the size of the first chunks
+HANG_SECONDS = 60.0
+
+
+async def test_a_write_that_completes_a_chunk_leaves_the_bytes_of_one_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later WRITE has put its first bytes into the chunk, and is still busy with its second."""
+    split = FIRST - 4 * KIB
+    earlier, later = b"e" * split, b"l" * FIRST
+    is_held, is_sealing = trio.Event(), threading.Event()
+    token = trio.lowlevel.current_trio_token()
+    write = StagingDirectory.write
+
+    def write_second_chunk_late(
+        files: StagingDirectory, index: int, staged: StagedChunk, data: Buffer, start: int
+    ) -> None:
+        if index == 1:
+            trio.from_thread.run_sync(is_held.set, trio_token=token)
+            assert is_sealing.wait(HANG_SECONDS)
+        write(files, index, staged, data, start)
+
+    def describe_and_tell(data: Buffer) -> object:
+        is_sealing.set()
+        return describe(data)
+
+    monkeypatch.setattr(StagingDirectory, "write", write_second_chunk_late)
+    monkeypatch.setattr("modelfsd.working_copy.describe", describe_and_tell)
+    async with cluster_of(2, tmp_path) as cluster:
+        await cluster.nodes[0].make_file(b"f")
+        session = await cluster.nodes[0].open(b"f")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.write, split, later)
+            await is_held.wait()
+            await session.write(0, earlier)
+        await session.flush()
+        await session.release()
+        for node in cluster.nodes:
+            assert await node.read_file(b"f") == earlier + later

@@ -1,0 +1,147 @@
+"""Contents: one fetch for many readers, memory that is bounded, and bytes that are right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+import trio.testing
+
+from modelfs.chunk import ChunkRef
+from modelfs.errors import ChunkUnavailable
+from modelfs.ids import NodeId
+from modelfs.limits import KIB, MIB
+from modelfsd.contents import Contents
+from tests.daemon.node_parts import CHUNK, Cluster, Node, cluster_of
+
+
+class Fetches:
+    """Counts what is fetched from peers, and can hold it up."""
+
+    def __init__(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count: Counter[bytes] = Counter()
+        self.under_way = self.most = 0
+        self.gate: trio.Event | None = None
+        real = cluster.peers.fetch
+
+        async def fetch(
+            node: NodeId, ref: ChunkRef, offset: int, size: int, patience: float
+        ) -> memoryview:
+            self.count[ref.id] += 1
+            self.under_way += size
+            self.most = max(self.most, self.under_way)
+            try:
+                if self.gate is not None:
+                    await self.gate.wait()
+                return await real(node, ref, offset, size, patience)
+            finally:
+                self.under_way -= size
+
+        monkeypatch.setattr(cluster.peers, "fetch", fetch)
+
+
+async def a_remote_file(cluster: Cluster, data: bytes) -> tuple[Node, bytes]:
+    """A file whose chunks the first node does not have."""
+    await cluster.nodes[1].make_file(b"f")
+    await cluster.nodes[1].write_file(b"f", data)
+    store = cluster.stores[cluster.ids[0]]
+    for chunk, _ in list(store.owned()):
+        store.lose(chunk)
+    return cluster.nodes[0], data
+
+
+async def test_many_readers_of_one_chunk_share_one_fetch(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node, data = await a_remote_file(cluster, rng.randbytes(50 * KIB))
+        record = (await node.look_up(b"f")).record
+        await node.contents.manifest(record)
+        fetches = Fetches(cluster, monkeypatch)
+        fetches.gate = trio.Event()
+
+        async def read(offset: int) -> None:
+            found = await node.contents.read(record, offset, 1000, whole_chunks=True)
+            assert found == data[offset : offset + 1000]
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(30):
+                nursery.start_soon(read, rng.randrange(49 * KIB))
+            await trio.testing.wait_all_tasks_blocked()
+            fetches.gate.set()
+        assert list(fetches.count.values()) == [1]
+
+
+@pytest.mark.parametrize("budget_chunks", [1, 3])
+async def test_readahead_and_readers_stay_within_the_memory(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch, budget_chunks: int
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node, data = await a_remote_file(cluster, rng.randbytes(2 * CHUNK + 5 * CHUNK))
+        record = (await node.look_up(b"f")).record
+        fetches = Fetches(cluster, monkeypatch)
+        contents = Contents(node.chunks, budget_chunks * CHUNK, node.start)
+        await contents.manifest(record)
+
+        async def read_all() -> None:
+            for offset in range(0, len(data), 100 * KIB):
+                contents.read_ahead(record, offset, offset + 10 * MIB)
+                found = await contents.read(record, offset, 100 * KIB, whole_chunks=True)
+                assert found == data[offset : offset + 100 * KIB]
+                assert contents.buffered_bytes <= budget_chunks * CHUNK
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(read_all)
+        await trio.testing.wait_all_tasks_blocked()
+        assert fetches.most <= budget_chunks * CHUNK
+        buffers = contents._buffers
+        assert buffers.used_bytes == sum(map(len, buffers._held.values()))
+
+
+@pytest.mark.expected_logs("fails its checksum")
+async def test_failed_and_cancelled_reads_give_their_memory_back(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node, data = await a_remote_file(cluster, rng.randbytes(50 * KIB))
+        record = (await node.look_up(b"f")).record
+        manifest = await node.contents.manifest(record)
+        placed = manifest.entry(0)
+        assert placed is not None
+        cluster.peers.down.add(cluster.ids[1])
+        with pytest.raises(ChunkUnavailable):
+            await node.contents.read(record, 0, 10, whole_chunks=True)
+        cluster.peers.down.clear()
+        fetches = Fetches(cluster, monkeypatch)
+        fetches.gate = trio.Event()
+        with trio.move_on_after(0.05):
+            await node.contents.read(record, 0, 10, whole_chunks=True)
+        assert node.contents.buffered_bytes == 0
+        fetches.gate.set()
+        assert await node.contents.read(record, 0, 10, whole_chunks=True) == data[:10]
+
+
+async def test_a_file_of_many_manifest_pages_is_read_page_by_page(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await two.make_file(b"f")
+        session = await two.open(b"f")
+        places = [0, 700 * MIB, 5000 * MIB]
+        for place in places:
+            await session.write(place, b"here %d" % place)
+        await session.release()
+        for chunk, _ in list(one.store.owned()):
+            one.store.lose(chunk)
+        record = (await one.look_up(b"f")).record
+        fetches = Fetches(cluster, monkeypatch)
+        for place in places:
+            assert await one.contents.read(record, place, 6) == (b"here %d" % place)[:6]
+            assert await one.contents.read(record, place + 100 * KIB, 6) in (bytes(6), b"")
+        assert len(fetches.count) <= 1 + 2 * len(places)
+        assert len(await one.contents.all_entries(record)) == 4100 or record.size > 5000 * MIB

@@ -1,0 +1,153 @@
+"""What the kernel is told to forget, for which change, and when an OPEN must look again."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelfs import changes
+from modelfs.changes import AttributeChange
+from modelfs.ids import ROOT_INODE, InodeNumber
+from modelfs.inode import Inode
+from modelfsd import notifier
+from modelfsd.kernel_inodes import ROOT_KERNEL_ID
+from tests.daemon.node_parts import Node, cluster_of
+
+
+async def make_directory(node: Node, parent: InodeNumber, name: bytes) -> InodeNumber:
+    ino = await node.namespace.new_inode_number()
+    times: dict[str, Any] = dict.fromkeys(("atime_ns", "mtime_ns", "ctime_ns"), 1)
+    record = Inode(mode=stat.S_IFDIR | 0o755, uid=0, gid=0, **times)
+    await node.namespace.change(lambda m: changes.create(m, parent, name, ino, record))
+    return ino
+
+
+async def set_attributes(node: Node, change: AttributeChange) -> None:
+    await node.feed.fresh()
+    child = node.mirror.child(ROOT_INODE, b"f")
+    assert child is not None
+    await node.namespace.change(lambda m: changes.set_attributes(m, child.ino, change, node.id, 2))
+
+
+async def commit(node: Node) -> None:
+    await node.write_file(b"f", b"new")
+
+
+async def touch(node: Node) -> None:
+    await set_attributes(node, AttributeChange(mtime_ns=99))
+
+
+async def change_mode(node: Node) -> None:
+    await set_attributes(node, AttributeChange(permissions=0o600))
+
+
+async def unlink(node: Node) -> None:
+    await node.feed.fresh()
+    await node.namespace.change(lambda m: changes.remove(m, ROOT_INODE, b"f", False, 2))
+
+
+async def replace(node: Node) -> None:
+    await node.make_file(b"g")
+    await node.namespace.change(
+        lambda m: changes.rename(m, (ROOT_INODE, b"g"), (ROOT_INODE, b"f"), False, 2)
+    )
+
+
+async def create_beside(node: Node) -> None:
+    await node.make_file(b"h")
+
+
+@pytest.mark.parametrize(
+    ("change", "forgets_name", "forgets_attributes", "is_current"),
+    [
+        (commit, True, False, False),
+        (touch, True, False, False),
+        (change_mode, False, True, True),
+        (unlink, True, False, False),
+        (replace, True, False, False),
+        (create_beside, False, False, True),
+    ],
+)
+async def test_what_another_node_changes_is_forgotten_here(
+    tmp_path: Path,
+    change: Callable[[Node], Awaitable[None]],
+    forgets_name: bool,
+    forgets_attributes: bool,
+    is_current: bool,
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        inode = await one.look_up(b"f")
+        mine = await two.look_up(b"f")
+        for node in (one, two):
+            node.notifier.names.clear()
+            node.notifier.attributes.clear()
+        await change(two)
+        await one.feed.fresh()
+        assert ((ROOT_KERNEL_ID, b"f") in one.notifier.names) == forgets_name
+        assert (inode.id in one.notifier.attributes) == forgets_attributes
+        assert inode.is_current == is_current
+        assert one.cache.must_look_again(inode) == (not is_current)
+        # The kernel that asked for the change has made it itself.
+        assert not two.notifier.names and not two.notifier.attributes
+        assert mine.is_current == (change not in (unlink, replace))
+
+
+async def test_a_directorys_new_times_are_asked_for_again(tmp_path: Path) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await two.make_file(b"x")
+        await one.feed.fresh()
+        assert ROOT_KERNEL_ID in one.notifier.attributes
+        assert ROOT_KERNEL_ID not in two.notifier.attributes
+
+
+async def test_a_renamed_ancestor_makes_an_open_look_again_until_the_kernel_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifier, "GRACE_SECONDS", 0.0)
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        top = await make_directory(two, ROOT_INODE, b"top")
+        below = await make_directory(two, top, b"below")
+        file = await two.make_file(b"f")
+        await two.namespace.change(
+            lambda m: changes.rename(m, (ROOT_INODE, b"f"), (below, b"f"), False, 2)
+        )
+        other = await two.make_file(b"other")
+        await one.feed.fresh()
+        for ino in (top, below, file, other):
+            one.inodes.show(ino, one.namespace.require(ino)).lookups += 1
+        one.notifier.acknowledge_all()
+        current = one.inodes.current(file)
+        assert current is not None and not one.cache.must_look_again(current)
+        await two.namespace.change(
+            lambda m: changes.rename(m, (ROOT_INODE, b"top"), (ROOT_INODE, b"moved"), False, 2)
+        )
+        await one.feed.fresh()
+        beside = one.inodes.current(other)
+        assert beside is not None and not one.cache.must_look_again(beside)
+        assert one.cache.must_look_again(current)
+        one.notifier.acknowledge_all()
+        assert not one.cache.must_look_again(current)
+        assert not one.cache.guard.is_raised()
+
+
+async def test_the_writer_keeps_its_inode_through_its_own_commits(tmp_path: Path) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+        for turn in range(3):
+            await session.write(turn, b"x")
+            await session.flush()
+            assert session.inode.is_current and session.inode.record.version == 2 + turn
+        await touch(two)  # yields to the one who is writing
+        await one.feed.fresh()
+        assert session.inode.is_current
+        await session.release()

@@ -1,0 +1,251 @@
+"""Write sessions: what is committed, what is refused, and that a failure is never forgotten."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+import trio.testing
+
+from modelfs import changes
+from modelfs.errors import OutOfSpace, StaleHandle, WriteLost
+from modelfs.ids import ROOT_INODE
+from modelfs.limits import KIB, MIB
+from modelfsd import staging, working_copy
+from tests.daemon.node_parts import Node, cluster_of
+
+LOST = r"cannot be committed, they are kept|closed with writes that could not be committed"
+
+
+async def test_what_is_flushed_is_read_on_every_node(tmp_path: Path, rng: Random) -> None:
+    async with cluster_of(3, tmp_path) as cluster:
+        one = cluster.nodes[0]
+        for size in (0, 1, 4096, 4097, 300 * KIB, 3 * MIB + 5):
+            name, data = b"file-%d" % size, rng.randbytes(size)
+            await one.make_file(name)
+            await one.write_file(name, data)
+            for node in cluster.nodes:
+                assert await node.read_file(name) == data
+        assert not list((one.state_dir / "staging").iterdir())
+
+
+async def test_two_handles_share_one_session_and_the_last_one_ends_it(tmp_path: Path) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        first, second = await node.open(b"f"), await node.open(b"f")
+        assert first is second and first.handles == 2
+        await first.write(0, b"hello")
+        await first.release()
+        assert first.handles == 1 and node.writer.open_sessions == {first}
+        await second.release()
+        assert not node.writer.open_sessions
+        assert await node.read_file(b"f") == b"hello"
+
+
+async def test_inodes_are_dropped_when_session_and_kernel_let_go(tmp_path: Path) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        for _ in range(3):
+            session = await node.open(b"f")
+            await session.write(0, b"x")
+            await session.release()
+            node.inodes.forget([(session.inode.id, session.inode.lookups)])
+        assert len(node.inodes) == 1  # the root
+
+
+async def test_a_file_opened_again_while_it_is_being_closed_keeps_its_session(
+    tmp_path: Path,
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node = cluster.nodes[0]
+        await node.make_file(b"f")
+        data = bytearray()
+        inode = await node.look_up(b"f")
+
+        async def append(turn: int) -> None:
+            session = node.writer.session_of(inode)
+            await session.ensure_lease()
+            piece = bytes([turn]) * 3
+            at = len(data)
+            data.extend(piece)
+            await session.write(at, piece)
+            await session.flush()
+            await session.release()
+
+        for turn in range(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(append, turn)
+                for _ in range(turn):
+                    await trio.lowlevel.checkpoint()
+                nursery.start_soon(append, turn + 100)
+        assert not node.writer.open_sessions
+        assert await cluster.nodes[1].read_file(b"f") == bytes(data)
+
+
+async def test_an_unlinked_file_can_be_written_and_flushed_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+        await session.write(0, b"x" * 5000)
+        await two.feed.fresh()
+        await two.namespace.change(lambda m: changes.remove(m, ROOT_INODE, b"f", False, 1))
+        await session.flush()
+        await session.write(5000, b"y")
+        await session.flush()
+        assert await session.read(4999, 2) == b"xy"
+        await session.release()
+        assert session.failure is None
+        assert not list((one.state_dir / "staging").iterdir())
+        assert not list((one.state_dir / "lost").iterdir())
+
+
+async def _fail_write(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OutOfSpace("no room")
+
+    monkeypatch.setattr(staging, "write_at", full)
+
+
+async def _lapse(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.cluster.etcd.expire(node.cluster.leases[node.id])
+    await node.feed.fresh()
+
+
+@pytest.mark.expected_logs(LOST, "could not be written beside")
+@pytest.mark.parametrize("disaster", [_fail_write, _lapse])
+async def test_after_a_failure_nothing_commits_and_the_bytes_are_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    disaster: Callable[[Node, pytest.MonkeyPatch], Awaitable[None]],
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        await one.write_file(b"f", b"old")
+        session = await one.open(b"f")
+        await session.write(0, b"n" * 10_000)
+        with monkeypatch.context() as patch:
+            await disaster(one, patch)
+            with pytest.raises((OutOfSpace, WriteLost)):
+                await session.write(10_000, b"more")
+        for _ in range(2):
+            with pytest.raises(WriteLost):
+                await session.write(10_000, b"more")
+            with pytest.raises(WriteLost):
+                await session.flush()
+        assert not session.inode.is_current
+        await session.release()
+        assert await two.read_file(b"f") == b"old"
+        (kept,) = (one.state_dir / "lost").iterdir()
+        assert (kept / "0-0").read_bytes() == b"n" * 10_000
+        description = json.loads((kept / "description.json").read_bytes())
+        assert description["path"] == "/f" and description["why"]
+        # The file itself can be written again.
+        one.leases.etcd_lease = await cluster.etcd.grant(10)
+        await one.write_file(b"f", b"newer")
+        assert await two.read_file(b"f") == b"newer"
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_a_lease_that_lapses_during_the_first_write_fails_the_flush(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        session = await node.open(b"f")
+        write = session.copy.write
+
+        async def slow(offset: int, data: bytes) -> list[int]:
+            await _lapse(node, monkeypatch)
+            return await write(offset, data)
+
+        monkeypatch.setattr(working_copy.WorkingCopy, "write", lambda self, o, d: slow(o, d))
+        await session.write(0, b"data")
+        with pytest.raises(WriteLost):
+            await session.flush()
+        await session.release()
+        assert (await node.look_up(b"f")).record.version == 1
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_a_disk_error_while_sealing_poisons_the_session(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node = cluster.nodes[0]
+        await node.make_file(b"f")
+        session = await node.open(b"f")
+        await session.write(0, b"x" * 100_000)
+
+        def fail(*args: object) -> None:
+            raise OSError(5, "the disk is broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(working_copy, "read_exactly", fail)
+            with pytest.raises(OSError, match="broken"):
+                await session.flush()
+        with pytest.raises(WriteLost):
+            await session.flush()
+        await session.release()
+        assert (await node.look_up(b"f")).record.version == 1
+
+
+@pytest.mark.expected_logs(LOST, "could not be written beside", "stay where they are")
+async def test_a_full_disk_does_not_end_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Poisoning wants to write a description, to the very disk that is full."""
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        session = await node.open(b"f")
+        await session.write(0, b"x")
+
+        def full(*args: object) -> None:
+            raise OSError(28, "no space left on device")
+
+        monkeypatch.setattr(staging, "write_at", full)
+        monkeypatch.setattr(working_copy.WorkingCopy, "describe_on_disk", full)
+        monkeypatch.setattr(working_copy.WorkingCopy, "keep", full)
+        with pytest.raises(OSError, match="no space"):
+            await session.write(0, b"y")
+        await session.release()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not node.writer.open_sessions
+
+
+async def test_a_writer_of_an_older_version_is_sent_to_look_again(tmp_path: Path) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        old = await one.look_up(b"f")
+        await two.write_file(b"f", b"theirs")
+        session = one.writer.session_of(old)
+        with pytest.raises(StaleHandle):
+            await session.ensure_lease()
+        await session.release()
+        again = await one.open(b"f")  # with the lease that was kept for it
+        assert again.copy.size == 6
+        await again.release()
+
+
+async def test_what_a_killed_daemon_had_staged_is_kept_at_the_next_start(tmp_path: Path) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        await cluster.nodes[0].make_file(b"f")
+        session = await cluster.nodes[0].open(b"f")
+        await session.write(0, b"unsaved")
+        (directory,) = (cluster.nodes[0].state_dir / "staging").iterdir()
+    async with cluster_of(1, tmp_path) as cluster:
+        kept = tmp_path / cluster.ids[0] / "lost" / directory.name
+        assert (kept / "0-0").read_bytes() == b"unsaved"
+        assert json.loads((kept / "description.json").read_bytes())["path"] == "/f"

@@ -1,0 +1,101 @@
+"""Labs for the mount tests: three real daemons on loopback, each with etcd and a FUSE mount.
+
+- `lab` lives for the whole run and stays healthy; tests that kill or damage use `fault_lab`.
+- `dirs` is a fresh directory, seen through the three mounts; it is removed afterwards.
+- What these tests need must be there: a machine without FUSE is an error, not a skip.
+- A WARNING or worse in a daemon's log fails the test that used `dirs`, unless the test expects it
+  with `@pytest.mark.expected_logs("regular expression", ...)`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from modelfsd.lab import Lab
+from tests.mount.mount_parts import Dirs, make_whole
+
+NODES = 3
+LOCK_WAIT_SECONDS = 2
+SETTINGS = f'lock_wait = "{LOCK_WAIT_SECONDS}s"\n'
+_numbers = itertools.count(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Fail where the tests of this directory cannot run."""
+    missing = [name for name in ("etcd", "setpriv", "fusermount3") if shutil.which(name) is None]
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        missing.append("/dev/fuse")
+    if os.geteuid() != 0:
+        missing.append("root")
+    if missing:
+        pytest.fail(f"the mount tests need {', '.join(missing)}", pytrace=False)
+
+
+def _start_lab(test_root: Path, name: str) -> Lab:
+    root = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=test_root))
+    os.chmod(test_root, 0o755)  # tests run children as another user
+    os.chmod(root, 0o755)
+    return Lab.up(root, NODES, settings=SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def lab(test_root: Path) -> Iterator[Lab]:
+    """A lab that every test leaves healthy."""
+    with _start_lab(test_root, "mount") as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def fault_lab(test_root: Path) -> Iterator[Lab]:
+    """A lab to kill, pause and damage nodes of."""
+    with _start_lab(test_root, "fault") as lab:
+        yield lab
+
+
+@pytest.fixture
+def dirs(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Dirs]:
+    """A fresh directory through n1, n2 and n3."""
+    starts = [node.log_path.stat().st_size for node in lab.nodes]
+    yield from _fresh_directory(lab)
+    expected = [text for mark in request.node.iter_markers("expected_logs") for text in mark.args]
+    surprises = []
+    for node, start in zip(lab.nodes, starts, strict=True):
+        with node.log_path.open(errors="replace") as log:
+            log.seek(start)
+            lines = log.read().splitlines()
+        surprises += [
+            f"{node.name}: {line}"
+            for line in lines
+            if (" WARNING " in line or " ERROR " in line or line.startswith("    |"))
+            and not any(re.search(text, line) for text in expected)
+        ]
+    if surprises:
+        pytest.fail("unexpected in the daemons' logs:\n" + "\n".join(surprises), pytrace=False)
+
+
+@pytest.fixture
+def fault_dirs(fault_lab: Lab) -> Iterator[Dirs]:
+    """A fresh directory in the lab for faults, which is whole before and after the test."""
+    make_whole(fault_lab)
+    try:
+        yield from _fresh_directory(fault_lab, remove=False)
+    finally:
+        make_whole(fault_lab)
+
+
+def _fresh_directory(lab: Lab, remove: bool = True) -> Iterator[Dirs]:
+    name = f"test-{next(_numbers)}"
+    first, second, third = (node.mount / name for node in lab.nodes)
+    first.mkdir()
+    yield first, second, third
+    if remove:
+        shutil.rmtree(first)

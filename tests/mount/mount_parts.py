@@ -1,0 +1,207 @@
+"""What the mount tests share: children that may hang, awaited conditions, counters of a daemon.
+
+Rule: a mount whose daemon may be dead or stopped is touched by a child process only, which we can
+walk away from (`in_child`). Everything else about a node is read from /proc and its admin socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelfsd import mounts
+from modelfsd.control import call
+from modelfsd.lab import Lab
+from modelfsd.lab_state import LabNode
+
+CHILD_SECONDS = 60.0  # a guard against hangs, not a measure of speed
+CONDITION_SECONDS = 60.0
+POLL_SECONDS = 0.05
+MIB = 1 << 20
+
+Dirs = tuple[Path, Path, Path]
+
+
+@contextlib.contextmanager
+def refused(number: int) -> Iterator[None]:
+    """The body must fail with exactly this errno."""
+    with pytest.raises(OSError) as caught:
+        yield
+    found = caught.value.errno
+    assert found == number, f"{errno.errorcode.get(found or 0)}, not {errno.errorcode[number]}"
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 0.0) -> None:
+    """Wait for a condition; fail if it does not come."""
+    deadline = time.monotonic() + (seconds or CONDITION_SECONDS)
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for: {what}"
+        time.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildResult:
+    """How a child ended: what it printed as JSON, or the errno that it met."""
+
+    value: Any
+    errno: int
+    text: str
+
+
+PREAMBLE = """
+import errno, json, mmap, os, sys, time
+arguments = json.loads(sys.argv[1])
+if uid := arguments.pop("uid"):  # only now: the interpreter may lie where nobody else may look
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+try:
+    exec(compile(arguments.pop("source"), "child", "exec"), {**globals(), **arguments})
+except OSError as error:
+    print(json.dumps({"errno": error.errno, "text": str(error)}))
+else:
+    print(json.dumps({"errno": 0, "text": ""}))
+"""
+
+
+def start_child(source: str, uid: int = 0, **arguments: object) -> subprocess.Popen[str]:
+    """Run Python in a child, as user and group `uid`, with `arguments` as its globals."""
+    words = json.dumps({"source": source, "uid": uid, **arguments}, default=os.fspath)
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", PREAMBLE, words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+
+
+def finish_child(child: subprocess.Popen[str], seconds: float = CHILD_SECONDS) -> ChildResult:
+    """Wait for a child; one that hangs is killed, and fails the test."""
+    try:
+        output, _ = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: left alone
+            child.communicate(timeout=5)
+        pytest.fail(f"a child hung for {seconds:.0f} s")
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert lines, f"the child died with {child.returncode}"
+    value = lines[-2] if len(lines) > 1 else None
+    return ChildResult(value, lines[-1]["errno"], lines[-1]["text"])
+
+
+def in_child(
+    source: str, uid: int = 0, seconds: float = CHILD_SECONDS, **arguments: object
+) -> ChildResult:
+    """Run Python in a child and wait for it. `print(json.dumps(x))` gives its value."""
+    return finish_child(start_child(source, uid, **arguments), seconds)
+
+
+def run(*command: str | Path, seconds: float = CHILD_SECONDS) -> str:
+    """Run a program; returns what it printed. It must succeed."""
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, timeout=seconds, cwd="/"
+    )
+    assert done.returncode == 0, f"{command[0]}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def ask(node: LabNode, command: str, **arguments: object) -> dict[str, Any]:
+    """Ask a daemon through its admin socket."""
+    return call(node.control_path, command, CHILD_SECONDS, **arguments)
+
+
+def requests(node: LabNode) -> dict[str, int]:
+    """How many requests of each kind the kernel has made of a daemon."""
+    counted: dict[str, int] = ask(node, "counters")["requests"]
+    return counted
+
+
+def info(lab: Lab, path: Path) -> dict[str, Any]:
+    """`modelfs info` of a path that is seen through one of the lab's mounts."""
+    for node in lab.nodes:
+        if path.is_relative_to(node.mount):
+            return ask(node, "info", path=list(path.relative_to(node.mount).parts))
+    raise AssertionError(f"{path} is in no mount of the lab")
+
+
+def pattern(version: int, size: int) -> bytes:
+    """One version of a file: a number, repeated, so that a mixture of two is seen anywhere."""
+    return (b"%015d\n" % version * (size // 16 + 1))[:size]
+
+
+def version_in(data: bytes) -> int:
+    """The version that `pattern` made this from; fails if it is a mixture, or has zeros."""
+    version = int(data[:16])
+    if data != pattern(version, len(data)):
+        wanted = pattern(version, len(data))
+        at = next(i for i in range(len(data)) if data[i] != wanted[i])
+        raise AssertionError(f"version {version} goes on at {at} with {data[at : at + 32]!r}")
+    return version
+
+
+def forget_pages(path: Path) -> None:
+    """Make the kernel forget a file's cached pages (those that are clean)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def tree_of(root: Path) -> dict[str, str]:
+    """All that is below a directory: path -> type, mode and contents."""
+    found = {}
+    for directory, names, files in os.walk(root):
+        for name in (*names, *files):
+            path = Path(directory, name)
+            status = path.lstat()
+            detail = f"{status.st_mode:o} {status.st_uid}:{status.st_gid}"
+            if path.is_symlink():
+                detail += f" -> {path.readlink()}"
+            elif path.is_file():
+                detail += f" {status.st_size} {path.read_bytes()!r:.4000}"
+            found[str(path.relative_to(root))] = detail
+    return found
+
+
+def is_mounted(node: LabNode) -> bool:
+    """Whether the mount table has the node's mount."""
+    return mounts.mount_at(node.mount) is not None
+
+
+def make_whole(lab: Lab) -> None:
+    """Start or resume whatever is killed or paused, and wait until all see each other."""
+    from modelfsd import lab_processes
+
+    for node in lab.nodes:
+        processes = lab_processes.find([node.mark])
+        stopped = {pid: start for pid, start in processes.items() if is_stopped(pid)}
+        lab_processes.send(stopped, signal.SIGCONT)
+    for node in lab.nodes:
+        if node.pid is None:
+            lab.start(node.name)
+    lab.wait_for_mesh()
+    for node in lab.nodes:
+        wait_until(lambda node=node: ask(node, "status")["etcd"]["healthy"], "etcd's quorum")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,423 @@
+"""What one node sees of another's work: the promises G2 to G5, over three real mounts."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.mount.conftest import LOCK_WAIT_SECONDS
+from tests.mount.mount_parts import (
+    MIB,
+    Dirs,
+    finish_child,
+    forget_pages,
+    in_child,
+    pattern,
+    refused,
+    start_child,
+    tree_of,
+    version_in,
+    wait_until,
+)
+
+pytestmark = pytest.mark.fuse
+
+VERSION_BYTES = 5 * MIB + 321
+
+
+# ---------------------------------------------------------------- G2
+
+
+def test_an_open_after_a_close_sees_it(dirs: Dirs) -> None:
+    for number in range(30):
+        writer = dirs[number % 3] / "file"
+        contents = b"%d" % number * (1 + number * 3000)
+        writer.write_bytes(contents)
+        for directory in dirs:
+            assert (directory / "file").read_bytes() == contents
+
+
+def test_an_open_after_a_lookup_in_vain_sees_the_new_name(dirs: Dirs) -> None:
+    for number in range(30):
+        here, there = dirs[number % 3], dirs[(number + 1) % 3]
+        with refused(errno.ENOENT):
+            (there / f"{number}").open()
+        assert not (there / f"{number}").exists()
+        (here / f"{number}").write_bytes(b"here")
+        assert (there / f"{number}").read_bytes() == b"here"
+
+
+def test_an_open_after_a_rename_sees_it(dirs: Dirs) -> None:
+    for number in range(30):
+        here, there = dirs[number % 3], dirs[(number + 1) % 3]
+        (here / "temporary").write_bytes(b"%d" % number)
+        os.rename(here / "temporary", here / "file")
+        assert (there / "file").read_bytes() == b"%d" % number
+        with refused(errno.ENOENT):
+            (there / "temporary").open()
+
+
+def test_an_open_after_an_append_or_a_truncation_sees_it(dirs: Dirs) -> None:
+    model = b""
+    for number in range(30):
+        here, there = dirs[number % 3] / "file", dirs[(number + 1) % 3] / "file"
+        with here.open("ab") as file:
+            file.write(b"%d" % number * 1000)
+        model += b"%d" % number * 1000
+        assert there.read_bytes() == model
+        model = model[: len(model) * 2 // 3]
+        os.truncate(there, len(model))
+        assert here.read_bytes() == model
+
+
+def test_a_name_that_moved_never_gives_the_wrong_file(dirs: Dirs) -> None:
+    """`mv latest old; mv new latest`: what `latest` was is still current, under another name."""
+    here, there = dirs[0], dirs[1]
+    (here / "latest").write_bytes(pattern(0, 10_000))
+    for version in range(1, 40):
+        (here / "new").write_bytes(pattern(version, 10_000))
+        assert version_in((there / "latest").read_bytes()) == version - 1
+        os.rename(here / "latest", here / "old")
+        os.rename(here / "new", here / "latest")
+        assert version_in((there / "latest").read_bytes()) == version
+        assert version_in((there / "old").read_bytes()) == version - 1
+
+
+def test_a_directory_that_moved_never_gives_the_wrong_file(dirs: Dirs) -> None:
+    here, there = dirs[0], dirs[1]
+    (here / "current").mkdir()
+    (here / "current" / "file").write_bytes(pattern(0, 100))
+    for version in range(1, 30):
+        (here / "next").mkdir()
+        (here / "next" / "file").write_bytes(pattern(version, 100))
+        assert version_in((there / "current" / "file").read_bytes()) == version - 1
+        os.rename(here / "current", here / f"old-{version}")
+        os.rename(here / "next", here / "current")
+        assert version_in((there / "current" / "file").read_bytes()) == version
+
+
+def test_a_listing_opened_before_a_rename_does_not_bring_old_names_back(dirs: Dirs) -> None:
+    here, there = dirs[0], dirs[1]
+    (here / "latest").write_bytes(b"first")
+    (here / "new").write_bytes(b"second")
+    listing = os.open(there, os.O_RDONLY | os.O_DIRECTORY)
+    os.rename(here / "latest", here / "old")
+    os.rename(here / "new", here / "latest")
+    wait_until(lambda: (there / "old").exists(), "the renames to be seen")
+    os.listdir(listing)
+    os.close(listing)
+    assert (there / "latest").read_bytes() == b"second"
+    assert (there / "latest").stat().st_size == len(b"second")
+
+
+def test_an_open_that_failed_is_no_excuse_for_an_old_version_later(dirs: Dirs) -> None:
+    """A call that was sent to look again and found nothing must not vouch for the next call."""
+    here, there = dirs[0], dirs[1]
+    for number in range(40):
+        (here / "gone").write_bytes(b"x")
+        (here / "file").write_bytes(b"%d" % number)
+        assert (there / "gone").read_bytes() == b"x"
+        (here / "gone").unlink()
+        with refused(errno.ENOENT):
+            (there / "gone").open()
+        assert (there / "file").exists()
+        (here / "file").write_bytes(b"newer than %d" % number)
+        assert (there / "file").read_bytes() == b"newer than %d" % number
+
+
+def test_known_names_and_attributes_follow_within_an_event(dirs: Dirs) -> None:
+    here, there = dirs[0], dirs[1]
+    (here / "file").write_bytes(b"x")
+    assert os.listdir(there) == ["file"]
+    os.chmod(here / "file", 0o640)
+    wait_until(lambda: (there / "file").stat().st_mode & 0o777 == 0o640, "the mode")
+    os.chown(here / "file", 7, 8)
+    wait_until(lambda: (there / "file").stat().st_uid == 7, "the owner")
+    os.link(here / "file", here / "link")
+    wait_until(lambda: (there / "file").stat().st_nlink == 2, "the link count")
+    os.utime(here / "file", ns=(1, 2))
+    wait_until(lambda: (there / "file").stat().st_mtime_ns == 2, "the mtime")
+    (here / "file").write_bytes(b"longer")
+    wait_until(lambda: (there / "file").stat().st_size == 6, "the size")
+    (here / "file").unlink()
+    wait_until(lambda: not (there / "file").exists(), "the removal")
+    (here / "below").mkdir()
+    wait_until(lambda: there.stat().st_nlink == 3, "the directory's link count")
+    assert sorted(os.listdir(there)) == ["below", "link"]
+
+
+# ---------------------------------------------------------------- G3
+
+
+def test_an_open_handle_and_a_mapping_keep_their_version_through_ten_newer_ones(
+    dirs: Dirs,
+) -> None:
+    (dirs[0] / "file").write_bytes(pattern(0, VERSION_BYTES))
+    with (dirs[1] / "file").open("rb") as file:
+        assert version_in(file.read(100_000)) == 0
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            assert version_in(mapped[4 * MIB : 4 * MIB + 16]) == 0
+            for version in range(1, 11):
+                size = VERSION_BYTES + (-1) ** version * version * 300_000
+                (dirs[version % 2 * 2] / "file").write_bytes(pattern(version, size))
+                assert version_in((dirs[1] / "file").read_bytes()) == version
+            assert mapped[:] == pattern(0, VERSION_BYTES)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        assert file.read() == pattern(0, VERSION_BYTES)
+        assert os.fstat(file.fileno()).st_size == VERSION_BYTES
+
+
+def test_readers_of_a_file_replaced_by_rename_never_see_a_mixture(dirs: Dirs) -> None:
+    """Every version is one pattern: a torn read, zeros or a wrong size are all seen."""
+    here = dirs[0]
+    sizes = [VERSION_BYTES, 3000, 70_000, MIB]
+    (here / "file").write_bytes(pattern(0, sizes[0]))
+    is_done = threading.Event()
+
+    def read(directory: Path, by_mapping: bool) -> int:
+        last = 0
+        while not is_done.is_set():
+            with (directory / "file").open("rb") as file:
+                if by_mapping:
+                    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                        contents = mapped[:]
+                else:
+                    contents = file.read()
+                version = version_in(contents)
+            assert len(contents) == sizes[version % len(sizes)]
+            assert version >= last, "a reader went back in time"
+            last = version
+        return last
+
+    with ThreadPoolExecutor() as pool:
+        readers = [pool.submit(read, directory, mapped) for directory in dirs for mapped in (0, 1)]
+        try:
+            for version in range(1, 40):
+                (here / "temporary").write_bytes(pattern(version, sizes[version % len(sizes)]))
+                os.rename(here / "temporary", here / "file")
+        finally:
+            is_done.set()
+        assert all(reader.result() >= 0 for reader in readers)
+    assert [version_in((directory / "file").read_bytes()) for directory in dirs] == [39] * 3
+
+
+def test_readers_of_a_file_that_is_rewritten_elsewhere_see_whole_versions(dirs: Dirs) -> None:
+    """In place, not by rename: each open on another node gets one committed version."""
+    (dirs[0] / "file").write_bytes(pattern(0, VERSION_BYTES))
+    is_done = threading.Event()
+
+    def read(directory: Path) -> int:
+        count = 0
+        while not is_done.is_set():
+            contents = (directory / "file").read_bytes()
+            if contents:  # the truncation alone may be committed: then the file is empty
+                version_in(contents)
+                assert len(contents) == VERSION_BYTES
+            count += 1
+        return count
+
+    with ThreadPoolExecutor() as pool:
+        readers = [pool.submit(read, directory) for directory in dirs[1:]]
+        try:
+            with (dirs[0] / "file").open("r+b", buffering=0) as file:
+                for version in range(1, 15):
+                    os.pwrite(file.fileno(), pattern(version, VERSION_BYTES), 0)
+                    os.fsync(file.fileno())
+        finally:
+            is_done.set()
+        assert all(reader.result() for reader in readers)
+
+
+# ---------------------------------------------------------------- G5
+
+
+def test_a_second_writer_waits_and_then_is_told_that_the_file_is_busy(dirs: Dirs) -> None:
+    (dirs[0] / "file").write_bytes(b"contents")
+    with (dirs[0] / "file").open("r+b"):
+        started = time.monotonic()
+        with refused(errno.EBUSY):
+            os.open(dirs[1] / "file", os.O_WRONLY)
+        assert time.monotonic() - started >= LOCK_WAIT_SECONDS * 0.9
+        assert (dirs[1] / "file").read_bytes() == b"contents"
+        with refused(errno.EBUSY):
+            os.truncate(dirs[2] / "file", 0)
+    with (dirs[1] / "file").open("r+b") as file:
+        file.write(b"CONTENTS")
+    assert (dirs[0] / "file").read_bytes() == b"CONTENTS"
+
+
+def test_a_second_writer_goes_on_from_what_the_first_one_closed(dirs: Dirs) -> None:
+    (dirs[0] / "file").write_bytes(b"zero,")
+    with (dirs[0] / "file").open("ab") as file:
+        second = start_child("with open(path, 'ab') as f: f.write(b'two')", path=dirs[1] / "file")
+        file.write(b"one,")
+        time.sleep(LOCK_WAIT_SECONDS / 4)  # so that the child waits for the lease, usually
+    assert finish_child(second).errno == 0
+    assert (dirs[2] / "file").read_bytes() == b"zero,one,two"
+
+
+def test_a_lock_file_that_nobody_writes_can_be_open_on_two_nodes(dirs: Dirs) -> None:
+    for _ in range(3):
+        descriptors = [
+            os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_TRUNC) for directory in dirs
+        ]
+        for descriptor in descriptors:
+            os.close(descriptor)
+    assert (dirs[0] / "lock").stat().st_size == 0
+
+
+def test_appends_from_three_nodes_in_turn_lose_none(dirs: Dirs) -> None:
+    for number in range(60):
+        with (dirs[number % 3] / "log").open("ab") as log:
+            log.write(b"%05d\n" % number)
+    wanted = b"".join(b"%05d\n" % number for number in range(60))
+    assert [(directory / "log").read_bytes() for directory in dirs] == [wanted] * 3
+
+
+def test_appends_from_three_nodes_at_once_lose_none(dirs: Dirs) -> None:
+    (dirs[0] / "log").write_bytes(b"begin\n")
+    source = """
+for number in range(15):
+    with open(path, "ab") as log:
+        log.write(b"%d %d\\n" % (writer, number))
+"""
+    children = [
+        start_child(source, path=directory / "log", writer=index)
+        for index, directory in enumerate(dirs)
+    ]
+    assert [finish_child(child).text for child in children] == ["", "", ""]
+    lines = (dirs[0] / "log").read_bytes().splitlines()
+    assert sorted(lines[1:]) == sorted(b"%d %d" % (w, n) for w in range(3) for n in range(15))
+
+
+# ---------------------------------------------------------------- G4
+
+
+def test_of_many_exclusive_creations_exactly_one_wins(dirs: Dirs) -> None:
+    def create(path: Path) -> bool:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(6) as pool:
+        for number in range(15):
+            paths = [directory / f"{number}" for directory in dirs * 2]
+            assert sum(pool.map(create, paths)) == 1
+
+
+def test_of_many_exclusive_links_exactly_one_wins(dirs: Dirs) -> None:
+    """How lock files work on file systems without O_EXCL."""
+    for index in range(3):
+        (dirs[index] / f"node-{index}").write_bytes(b"%d" % index)
+
+    def link(index: int) -> bool:
+        try:
+            os.link(dirs[index] / f"node-{index}", dirs[index] / "lock")
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(10):
+            assert sum(pool.map(link, range(3))) == 1
+            (dirs[0] / "lock").unlink()
+
+
+CHANGE_THE_TREE = """
+import random
+chance = random.Random(seed)
+names = [f"{root}/{a}" for a in "abc"] + [f"{root}/{a}/{b}" for a in "abc" for b in "xyz"]
+allowed = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR,
+           errno.EINVAL, errno.EPERM}
+for _ in range(count):
+    operation, one, two = chance.randrange(7), chance.choice(names), chance.choice(names)
+    try:
+        if operation == 0:
+            os.mkdir(one)
+        elif operation == 1:
+            with open(one, "xb") as file:
+                file.write(one.encode())
+        elif operation == 2:
+            os.unlink(one)
+        elif operation == 3:
+            os.rmdir(one)
+        elif operation == 4:
+            os.link(one, two)
+        else:
+            os.rename(one, two)
+    except OSError as error:
+        if error.errno not in allowed:
+            raise OSError(error.errno, f"{operation} {one} {two}")
+"""
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_changes_of_names_from_three_nodes_leave_one_tree(dirs: Dirs, seed: int) -> None:
+    children = [
+        start_child(CHANGE_THE_TREE, root=directory, seed=seed * 3 + index, count=150)
+        for index, directory in enumerate(dirs)
+    ]
+    assert [finish_child(child).text for child in children] == ["", "", ""]
+    trees = [tree_of(directory) for directory in dirs]
+    wait_until(lambda: tree_of(dirs[1]) == tree_of(dirs[0]) == tree_of(dirs[2]), "one tree", 5)
+    assert trees[0].keys() == trees[1].keys() == trees[2].keys()
+    for directory in dirs:
+        for path, detail in tree_of(directory).items():
+            parts = Path(path).parts
+            assert len(parts) == len(set(parts)) or "d" not in detail[:1], "a cycle"
+
+
+def test_readers_and_a_churning_writer_do_not_disturb_each_other(
+    dirs: Dirs, rng: random.Random
+) -> None:
+    """Many small files come, change and go on one node; another opens them at random."""
+    here, there = dirs[0], dirs[1]
+    names = [f"{number}" for number in range(20)]
+    is_done = threading.Event()
+
+    def read() -> int:
+        chance, found = random.Random(rng.random()), 0
+        while not is_done.is_set():
+            try:
+                contents = (there / chance.choice(names)).read_bytes()
+            except FileNotFoundError:
+                continue
+            if contents:
+                version_in(contents)
+                found += 1
+        return found
+
+    with ThreadPoolExecutor() as pool:
+        readers = [pool.submit(read) for _ in range(3)]
+        try:
+            for version in range(200):
+                name = rng.choice(names)
+                if rng.random() < 0.2:
+                    (here / name).unlink(missing_ok=True)
+                else:
+                    (here / name).write_bytes(pattern(version, rng.choice((20, 5000, 100_000))))
+        finally:
+            is_done.set()
+        assert all(reader.result() for reader in readers)
+    for name in os.listdir(here):
+        forget_pages(there / name)
+        assert (there / name).read_bytes() == (here / name).read_bytes()
+
+
+def test_a_node_sees_what_a_child_on_another_node_wrote_the_moment_it_ends(dirs: Dirs) -> None:
+    source = "with open(path, 'w') as f: f.write(text)\nos.rename(path, path + '.done')"
+    for number in range(5):
+        result = in_child(source, path=str(dirs[2] / f"{number}"), text=f"text {number}")
+        assert result.errno == 0
+        assert (dirs[0] / f"{number}.done").read_text() == f"text {number}"

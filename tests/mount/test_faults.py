@@ -1,0 +1,410 @@
+"""What breaks, and what users see then: killed, paused and damaged nodes of a real lab.
+
+Every test begins and ends with all three nodes up (`fault_dirs`). Nothing here touches the mount of
+a node that is down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import blake3
+import pytest
+
+from modelfsd import lab_processes
+from modelfsd.lab import Lab
+from modelfsd.lab_state import LabNode
+from tests.mount.mount_parts import (
+    MIB,
+    Dirs,
+    ask,
+    finish_child,
+    forget_pages,
+    in_child,
+    info,
+    is_mounted,
+    make_whole,
+    pattern,
+    refused,
+    start_child,
+    version_in,
+    wait_until,
+)
+
+pytestmark = pytest.mark.fuse
+
+READ_SECONDS_MAX = 5.0  # for one read() beside a dying node; G7 says 1 s on an idle machine
+BIG_BYTES = 48 * MIB
+
+READ_SLOWLY = """
+worst, done = 0.0, 0
+with open(path, "rb", buffering=0) as file:
+    while True:
+        started = time.monotonic()
+        data = file.read(131072)
+        worst = max(worst, time.monotonic() - started)
+        if not data:
+            break
+        assert data == open(wanted, "rb").read()[done:done + len(data)]
+        done += len(data)
+        if done == 4 << 20:
+            print(json.dumps("reading"), flush=True)
+            sys.stdin.readline()
+print(json.dumps([done, worst]))
+"""
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    """A file of random bytes outside the cluster, to compare with."""
+    path = tmp_path / "big"
+    path.write_bytes(os.urandom(BIG_BYTES))
+    return path
+
+
+@contextlib.contextmanager
+def down(lab: Lab, *names: str) -> Iterator[None]:
+    """These nodes are killed for as long as the body runs; then all are up again."""
+    for name in names:
+        lab.kill(name)
+    try:
+        yield
+    finally:
+        make_whole(lab)
+
+
+def chunk_files(node: LabNode) -> list[Path]:
+    """The chunks that a node owns, on its disk."""
+    return [path for path in (node.state_dir / "chunks" / "owned").glob("*/*") if path.is_file()]
+
+
+def read_in_child(path: Path, wanted: Path) -> None:
+    """Compare a file with another one, from a child that may hang."""
+    source = "assert open(path, 'rb').read() == open(wanted, 'rb').read()"
+    assert in_child(source, path=path, wanted=wanted).errno == 0
+
+
+# ---------------------------------------------------------------- one node
+
+
+@pytest.mark.parametrize("how", ["kill", "pause"])
+def test_a_reader_goes_on_when_a_node_that_it_reads_from_falls_silent(
+    fault_lab: Lab, fault_dirs: Dirs, big: Path, how: str
+) -> None:
+    here, there = fault_dirs[0] / "big", fault_dirs[2] / "big"
+    here.write_bytes(big.read_bytes())
+    assert there.stat().st_size == BIG_BYTES
+    reader = start_child(READ_SLOWLY.replace("open(wanted, \"rb\").read()", "wanted_bytes").replace(
+        "worst, done", "wanted_bytes = open(wanted, 'rb').read()\nworst, done"
+    ), path=there, wanted=big)
+    assert reader.stdout is not None and "reading" in reader.stdout.readline()
+    getattr(fault_lab, how)("n2")
+    result = finish_child(reader)
+    assert result.errno == 0
+    size, worst_seconds = result.value
+    assert size == BIG_BYTES
+    assert worst_seconds < READ_SECONDS_MAX
+    forget_pages(here)
+    read_in_child(here, big)
+
+
+def test_writes_go_on_while_a_node_is_dead_and_it_sees_them_when_it_is_back(
+    fault_lab: Lab, fault_dirs: Dirs, big: Path
+) -> None:
+    first, second, third = fault_dirs
+    (first / "before").write_bytes(b"before")
+    assert (third / "before").read_bytes() == b"before"
+    with down(fault_lab, "n3"):
+        (first / "before").write_bytes(b"changed")
+        (first / "big").write_bytes(big.read_bytes())
+        (second / "directory").mkdir()
+        os.rename(second / "big", second / "directory" / "big")
+        found = info(fault_lab, first / "directory" / "big")
+        assert found["under_replicated"] == 0, "copies are handed off to living nodes"
+        read_in_child(second / "directory" / "big", big)
+    assert (third / "before").read_bytes() == b"changed"
+    read_in_child(third / "directory" / "big", big)
+    assert sorted(os.listdir(third)) == ["before", "directory"]
+
+
+def test_the_lease_of_a_dead_writer_lapses_and_its_old_version_stays(
+    fault_lab: Lab, fault_dirs: Dirs
+) -> None:
+    file = fault_dirs[0] / "file"
+    file.write_bytes(pattern(1, 3 * MIB))
+    source = """
+file = open(path, "r+b", buffering=0)
+file.write(b"never committed")
+print(json.dumps("open"), flush=True)
+sys.stdin.readline()
+"""
+    writer = start_child(source, path=fault_dirs[1] / "file")
+    assert writer.stdout is not None and "open" in writer.stdout.readline()
+    with down(fault_lab, "n2"):
+        finish_child(writer)
+
+        def can_write() -> bool:
+            try:
+                with file.open("r+b") as taken:
+                    taken.write(pattern(2, 3 * MIB))
+            except OSError as error:
+                assert error.errno == errno.EBUSY
+                return False
+            return True
+
+        assert version_in((fault_dirs[2] / "file").read_bytes()) == 1
+        wait_until(can_write, "the lease to lapse")
+        assert version_in((fault_dirs[2] / "file").read_bytes()) == 2
+    assert version_in((fault_dirs[1] / "file").read_bytes()) == 2
+
+
+def test_a_writer_that_was_paused_for_too_long_cannot_commit(
+    fault_lab: Lab, fault_dirs: Dirs
+) -> None:
+    file = fault_dirs[0] / "file"
+    file.write_bytes(pattern(1, 5 * MIB))
+    lost = fault_lab.nodes[1].state_dir / "lost"
+    kept_before = set(lost.iterdir())
+    source = """
+file = open(path, "r+b", buffering=0)
+file.write(b"x" * (5 << 20))
+print(json.dumps("written"), flush=True)
+sys.stdin.readline()
+file.close()
+"""
+    writer = start_child(source, path=fault_dirs[1] / "file")
+    assert writer.stdout is not None and "written" in writer.stdout.readline()
+    node = fault_lab.nodes[1]
+    os.sync  # the bytes need not have reached the daemon
+    fault_lab.pause("n2")
+
+    def can_write() -> bool:
+        try:
+            with file.open("r+b") as taken:
+                taken.write(pattern(2, 5 * MIB))
+        except OSError as error:
+            assert error.errno == errno.EBUSY
+            return False
+        return True
+
+    wait_until(can_write, "the lease to lapse")
+    fault_lab.start("n2")
+    result = finish_child(writer)
+    assert result.errno == errno.EIO
+    make_whole(fault_lab)
+    for directory in fault_dirs:
+        assert version_in((directory / "file").read_bytes()) == 2
+    wait_until(lambda: set(lost.iterdir()) - kept_before, "the lost bytes to be kept")
+    assert node.pid is not None
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_a_damaged_chunk_is_never_served_and_is_repaired(
+    fault_lab: Lab, fault_dirs: Dirs, big: Path
+) -> None:
+    node = fault_lab.nodes[0]
+    before = set(chunk_files(node))
+    (fault_dirs[0] / "big").write_bytes(big.read_bytes())
+    damaged = sorted(set(chunk_files(node)) - before, key=lambda path: path.stat().st_size)[-3:]
+    good = {path: path.read_bytes() for path in damaged}
+    for path, offset in zip(damaged, (0, MIB + 7, 3 * MIB), strict=True):
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(bytes(byte ^ 0x40 for byte in good[path][offset : offset + 4]))
+    for directory in fault_dirs:
+        forget_pages(directory / "big")
+        read_in_child(directory / "big", big)
+    for path, contents in good.items():
+        wait_until(
+            lambda path=path, contents=contents: path.exists() and path.read_bytes() == contents,
+            "the repair",
+        )
+    assert ask(node, "counters")["chunks"]["corrupt"] > 0
+
+
+def test_a_chunk_file_that_is_gone_is_read_from_elsewhere(
+    fault_lab: Lab, fault_dirs: Dirs, big: Path
+) -> None:
+    node = fault_lab.nodes[0]
+    before = set(chunk_files(node))
+    (fault_dirs[0] / "big").write_bytes(big.read_bytes())
+    for path in set(chunk_files(node)) - before:
+        path.unlink()
+    for directory in fault_dirs:
+        forget_pages(directory / "big")
+        read_in_child(directory / "big", big)
+
+
+def test_a_range_without_any_copy_is_an_error_and_the_rest_still_reads(
+    fault_lab: Lab, fault_dirs: Dirs
+) -> None:
+    before = {path for node in fault_lab.nodes for path in chunk_files(node)}
+    contents = os.urandom(12 * MIB)
+    (fault_dirs[0] / "file").write_bytes(contents)
+    assert info(fault_lab, fault_dirs[0] / "file")["chunk_count"] == 3
+    name = blake3.blake3(contents[4 * MIB : 8 * MIB]).hexdigest()
+    copies = [
+        path
+        for node in fault_lab.nodes
+        for path in chunk_files(node)
+        if path not in before and path.parent.name + path.name == name
+    ]
+    assert len(copies) == 2
+    for path in copies:
+        path.unlink()
+    forget_pages(fault_dirs[0] / "file")
+    source = """
+descriptor = os.open(path, os.O_RDONLY)
+first, last = os.pread(descriptor, 1 << 20, 0), os.pread(descriptor, 1 << 20, 10 << 20)
+print(json.dumps([first.hex(), last.hex()]))
+os.pread(descriptor, 1 << 20, 5 << 20)
+"""
+    result = in_child(source, path=fault_dirs[0] / "file")
+    assert result.errno == errno.EIO
+    assert result.value == [contents[:MIB].hex(), contents[10 * MIB : 11 * MIB].hex()]
+    os.unlink(fault_dirs[0] / "file")
+
+
+# ---------------------------------------------------------------- etcd and the quorum
+
+
+def test_a_daemon_whose_etcd_is_killed_recovers(fault_lab: Lab, fault_dirs: Dirs) -> None:
+    node = fault_lab.nodes[0]
+    (fault_dirs[0] / "file").write_bytes(b"before")
+    pid = int((node.state_dir / "etcd.pid").read_text().split()[0])
+    os.kill(pid, signal.SIGKILL)
+    source = "with open(path, 'wb') as f: f.write(b'after')"
+
+    def can_write() -> bool:
+        return in_child(source, path=fault_dirs[0] / "file").errno == 0
+
+    wait_until(can_write, "writes to work again")
+    wait_until(lambda: ask(node, "status")["etcd"]["healthy"], "the daemon to be attached")
+
+    def all_healthy() -> bool:
+        members = ask(node, "status")["etcd"]["members"]
+        return len(members) == 3 and all(member["healthy"] for member in members)
+
+    wait_until(all_healthy, "the member to be back")
+    assert [(directory / "file").read_bytes() for directory in fault_dirs] == [b"after"] * 3
+
+
+def test_without_the_quorum_reads_go_on_and_writes_fail_in_bounded_time(
+    fault_lab: Lab, fault_dirs: Dirs
+) -> None:
+    first = fault_dirs[0]
+    (first / "small").write_bytes(b"inline")
+    contents = os.urandom(3 * MIB)
+    (first / "cached").write_bytes(contents)
+    assert (first / "cached").read_bytes() == contents
+    with down(fault_lab, "n2", "n3"):
+        for name, wanted in (("small", b"inline"), ("cached", contents)):
+            source = "print(json.dumps(open(path, 'rb').read().hex()))"
+            result = in_child(source, path=first / name)
+            assert (result.errno, result.value) == (0, wanted.hex())
+        refusals = {errno.EROFS, errno.EIO}
+        for source in (
+            "open(path + '/new', 'wb')",
+            "os.mkdir(path + '/directory')",
+            "os.unlink(path + '/small')",
+            "os.rename(path + '/small', path + '/other')",
+            "os.chmod(path + '/small', 0o600)",
+        ):
+            assert in_child(source, path=str(first)).errno in refusals, source
+        source = "print(json.dumps(sorted(os.listdir(path))))"
+        assert in_child(source, path=first).value == ["cached", "small"]
+        names = in_child(source, path=first)
+        assert names.errno == 0
+    assert (fault_dirs[1] / "small").read_bytes() == b"inline"
+    (fault_dirs[2] / "new").write_bytes(b"works again")
+    assert (first / "new").read_bytes() == b"works again"
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def test_everything_is_there_after_all_nodes_were_killed_at_once(
+    fault_lab: Lab, fault_dirs: Dirs, big: Path
+) -> None:
+    first, second, third = fault_dirs
+    (first / "closed").write_bytes(big.read_bytes())
+    (second / "small").write_bytes(b"small")
+    (third / "a").mkdir()
+    os.rename(third / "small", third / "a" / "renamed")
+    source = """
+file = open(path, "wb", buffering=0)
+file.write(b"s" * 3000000)
+os.fsync(file.fileno())
+file.write(b"not synced")
+print(json.dumps("synced"), flush=True)
+sys.stdin.readline()
+"""
+    writer = start_child(source, path=second / "synced")
+    assert writer.stdout is not None and "synced" in writer.stdout.readline()
+    lab_processes.kill([node.mark for node in fault_lab.nodes], 20.0)
+    finish_child(writer)
+    make_whole(fault_lab)
+    for directory in fault_dirs:
+        assert sorted(os.listdir(directory)) == ["a", "closed", "synced"]
+        assert (directory / "a" / "renamed").read_bytes() == b"small"
+        read_in_child(directory / "closed", big)
+        assert (directory / "synced").read_bytes()[:3_000_000] == b"s" * 3_000_000
+    (third / "synced").write_bytes(b"writable again")
+    assert (first / "synced").read_bytes() == b"writable again"
+
+
+def umount(node: LabNode) -> subprocess.CompletedProcess[str]:
+    """`modelfs umount` of a node's mount."""
+    command = [sys.executable, "-m", "modelfsd", "umount", str(node.mount)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd="/", env=environment
+    )
+
+
+def test_a_busy_mount_is_left_alone_and_its_user_is_named(
+    fault_lab: Lab, fault_dirs: Dirs
+) -> None:
+    (fault_dirs[2] / "file").write_bytes(b"x")
+    source = "file = open(path)\nprint(json.dumps('open'), flush=True)\nsys.stdin.readline()"
+    user = start_child(source, path=fault_dirs[2] / "file")
+    assert user.stdout is not None and "open" in user.stdout.readline()
+    refused_umount = umount(fault_lab.nodes[2])
+    assert refused_umount.returncode != 0
+    assert str(user.pid) in refused_umount.stderr and "busy" in refused_umount.stderr
+    assert (fault_dirs[2] / "file").read_bytes() == b"x"
+    finish_child(user)
+
+
+def test_a_clean_stop_commits_leaves_nothing_behind_and_starts_again(
+    fault_lab: Lab, fault_dirs: Dirs, big: Path
+) -> None:
+    first, second, third = fault_dirs
+    (first / "big").write_bytes(big.read_bytes())
+    (second / "small").write_bytes(b"small")
+    for node in reversed(fault_lab.nodes):
+        stopped = umount(node)
+        assert stopped.returncode == 0, stopped.stderr
+        assert not is_mounted(node)
+        assert node.pid is None
+        wait_until(lambda node=node: not lab_processes.find([node.mark]), "processes to end")
+    started = time.monotonic()
+    make_whole(fault_lab)
+    assert time.monotonic() - started < 120
+    for directory in fault_dirs:
+        assert sorted(os.listdir(directory)) == ["big", "small"]
+        read_in_child(directory / "big", big)
+    (third / "small").write_bytes(b"after")
+    assert (first / "small").read_bytes() == b"after"
+    with refused(errno.ENOENT):
+        (second / "missing").open()
