@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = NODE_LEASE_SECONDS / 4
 REPORT_SECONDS = 15.0  # between two updates of the node's record (space used)
+LEAVE_SECONDS = 1.0  # to say goodbye; the last nodes of a cluster that stops have no quorum
 WEIGHT_STEP = 0.2  # a capacity that changed by less is no reason to move chunks
 
 UNAVAILABLE = (MetadataUnavailable, MetadataUncertain)
@@ -175,9 +176,10 @@ class Membership:
     async def leave(self) -> None:
         """Say goodbye: the others need not wait for the heartbeat to fail."""
         try:
-            await self._store.revoke(self._etcd_lease)
-        except UNAVAILABLE as error:
-            log.info("etcd could not be told that this node stops: %s", error)
+            with trio.fail_after(LEAVE_SECONDS):
+                await self._store.revoke(self._etcd_lease)
+        except (*UNAVAILABLE, trio.TooSlowError) as error:
+            log.info("etcd could not be told that this node stops: %s", error or "no answer")
 
 
 def _is_placed(placement: PlacementMap, member: Member) -> bool:

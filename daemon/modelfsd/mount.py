@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyfuse3
@@ -27,6 +28,7 @@ READ_AHEAD_KIB = 4096  # four requests of 1 MiB under way for one sequential rea
 BACKGROUND_REQUESTS_MAX = 64
 CONGESTION_THRESHOLD = 48  # three quarters, as the kernel's own default
 TASKS_MAX = 512  # requests in hand at once; waiters for leases must never use them up
+WRITE_BACK_SECONDS = 30.0
 FUSECTL = Path("/sys/fs/fuse/connections")
 
 
@@ -63,6 +65,32 @@ class FuseMount:
     async def unmount(self) -> None:
         """Unmount, if nobody uses it. Raises `mounts.MountBusy` with nothing changed."""
         await trio.to_thread.run_sync(mounts.unmount, self._mountpoint)
+
+    async def write_back(self, paths: Iterable[bytes]) -> None:
+        """Have the kernel send what it still holds of these files. In bounded time.
+
+        `detach` drops it otherwise: as much as a fifth of the memory, of programs that only wait
+        to be stopped too. fsync besides syncfs, since newer kernels need not wait in a syncfs.
+        """
+        with trio.move_on_after(WRITE_BACK_SECONDS) as scope:
+            await trio.to_thread.run_sync(self._write_back, list(paths), abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            log.error("not everything was written back within %.0f s", WRITE_BACK_SECONDS)
+
+    def _write_back(self, paths: list[bytes]) -> None:
+        root = os.fsencode(self._mountpoint)
+        for path in (b"", *paths):
+            try:
+                descriptor = os.open(os.path.join(root, path), os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    if path:
+                        os.fsync(descriptor)
+                    else:
+                        mounts.syncfs(descriptor)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:  # it was renamed, or its session has failed
+                log.info("%r is not written back: %s", path, error)
 
     async def detach(self) -> None:
         """Take the mount away from under its users. For a stop that must not wait."""

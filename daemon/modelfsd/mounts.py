@@ -177,6 +177,13 @@ def detach(mountpoint: str | Path) -> None:
             )
 
 
+def syncfs(descriptor: int) -> None:
+    """Write back all dirty pages of the file system of an open file. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(descriptor):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def _umount2(mountpoint: str, flags: int) -> int:
     """The system call; returns an errno, 0 for success."""
     libc = ctypes.CDLL(None, use_errno=True)

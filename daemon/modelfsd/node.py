@@ -362,6 +362,7 @@ class Node:
             await self._mount.unmount()
         except MountBusy:
             log.warning("the mount is in use: taking it away from its users")
+            await self._mount.write_back(self._writer.open_paths())
             await self._mount.detach()
         except UserError as error:
             log.error("%s", error)

@@ -12,6 +12,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -74,6 +75,15 @@ def _caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, ctx.pid)
 
 
+@dataclass(slots=True)
+class _Listing:
+    """An open directory."""
+
+    directory: KernelInode
+    entries: list[DirectoryEntry]
+    is_begun: bool = False
+
+
 class Operations(pyfuse3.Operations):
     """What pyfuse3 calls. `space` answers statfs; `has_xattrs` is `-o xattr`."""
 
@@ -94,7 +104,7 @@ class Operations(pyfuse3.Operations):
         self.complaints = RateLimited(log)
         self._mirror, self._inodes, self._tree, self._files = mirror, inodes, tree, files
         self._space, self._has_xattrs = space, has_xattrs
-        self._listings: dict[int, list[DirectoryEntry]] = {}
+        self._listings: dict[int, _Listing] = {}
         self._last_listing = 0
 
     # ------------------------------------------------------------ attributes
@@ -249,14 +259,19 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> int:
-        entries = await self._tree.list_directory(self._inodes[inode])
+        directory = self._inodes[inode]
+        entries = await self._tree.list_directory(directory)
         self._last_listing += 1
-        self._listings[self._last_listing] = entries
+        self._listings[self._last_listing] = _Listing(directory, entries)
         return self._last_listing
 
     @answers
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        for position, entry, inode in self._tree.entries_from(self._listings[fh], start_id):
+        listing = self._listings[fh]
+        if start_id == 0 and listing.is_begun:  # rewinddir(3) shows the directory as it is now
+            listing.entries = await self._tree.list_directory(listing.directory)
+        listing.is_begun = True
+        for position, entry, inode in self._tree.entries_from(listing.entries, start_id):
             attributes = self._attributes(inode)
             is_taken = pyfuse3.readdir_reply(token, entry.name, attributes, position + 1)
             if is_taken and entry.name not in (b".", b".."):

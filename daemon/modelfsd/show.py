@@ -48,6 +48,7 @@ def status_view(status: dict[str, Any]) -> RenderableType:
         f"{_count(status.get('directories'), 'directory', 'directories')}, "
         f"{_size(status.get('bytes'))}, {_said(status.get('replicas'))} copies each",
     )
+    facts.add_row("history", _count(status.get("retained_versions"), "retained version"))
     lacking = status.get("chunks_under_replicated")
     if lacking is None:
         copies = Text("not counted yet", style="dim")

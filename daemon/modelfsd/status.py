@@ -80,6 +80,7 @@ class Status:
             "files": self._mirror.file_count,
             "directories": self._mirror.directory_count,
             "bytes": self._mirror.file_bytes,
+            "retained_versions": self._mirror.history.count,
             "chunks_under_replicated": under_replicated,
             "upkeep": self._upkeep(),
             "warnings": [*self._warnings(), *self._judge(nodes, members, under_replicated)],

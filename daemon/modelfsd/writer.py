@@ -22,7 +22,15 @@ from msgspec.structs import replace
 
 from modelfs import changes
 from modelfs.chunk import Buffer, describe
-from modelfs.errors import FileTooLarge, ModelfsError, NoSuchEntry, StaleHandle, WriteLost
+from modelfs.errors import (
+    FileTooLarge,
+    MetadataUnavailable,
+    MetadataUncertain,
+    ModelfsError,
+    NoSuchEntry,
+    StaleHandle,
+    WriteLost,
+)
 from modelfs.ids import Revision
 from modelfs.inode import Inode, ManifestRef
 from modelfs.limits import FILE_BYTES_MAX, INLINE_BYTES_MAX, MIB
@@ -76,6 +84,12 @@ class Writer:
             self.open_sessions.add(inode.session)
         inode.session.handles += 1
         return inode.session
+
+    def open_paths(self) -> list[bytes]:
+        """Where the files are that are open for writing; those without a name are left out."""
+        mirror = self.namespace.mirror
+        inos = {session.inode.ino for session in self.open_sessions}
+        return [mirror.path_of(ino) for ino in inos if mirror.names.get(ino)]
 
     def end(self, session: WriteSession) -> None:
         """The last handle is closed and everything settled."""
@@ -242,6 +256,9 @@ class WriteSession:
                 await self._commit()
             except NoSuchEntry:
                 self._is_unlinked = True  # readable here, from the copy, till the last close
+            except (MetadataUnavailable, MetadataUncertain) as error:
+                self._poison(error)
+                raise WriteLost(self.inode.ino, str(error)) from error
             except (ModelfsError, OSError) as error:
                 self._poison(error)
                 raise

@@ -149,11 +149,11 @@ class Node:
 class Cluster:
     """An etcd, the chunk stores and the way between them."""
 
-    def __init__(self, count: int, **store_options: int) -> None:
-        self.etcd = MemoryMetadataStore()
+    def __init__(self, count: int, etcd: MemoryMetadataStore, peers: type[MemoryPeers]) -> None:
+        self.etcd = etcd
         self.ids = IDS[:count]
-        self.stores = {id: MemoryChunkStore(**store_options) for id in self.ids}
-        self.peers = MemoryPeers(self.stores)
+        self.stores = {id: MemoryChunkStore() for id in self.ids}
+        self.peers = peers(self.stores)
         self.leases: dict[NodeId, int] = {}
         self.nodes: list[Node] = []
 
@@ -185,11 +185,22 @@ class Cluster:
         self.peers.down.add(id)
         self.etcd.expire(self.leases[id])
 
+    async def lapse(self, lease: int) -> None:
+        """A lease in etcd ends, and every node hears of it (no `seq` is put, so not by `fresh`)."""
+        self.etcd.expire(lease)
+        for node in self.nodes:
+            await node.feed.reached(self.etcd.revision)
+
 
 @asynccontextmanager
-async def cluster_of(count: int, directory: Path, **options: int) -> AsyncIterator[Cluster]:
+async def cluster_of(
+    count: int,
+    directory: Path,
+    etcd: MemoryMetadataStore | None = None,
+    peers: type[MemoryPeers] = MemoryPeers,
+) -> AsyncIterator[Cluster]:
     """A running cluster."""
-    cluster = Cluster(count, **options)
+    cluster = Cluster(count, etcd or MemoryMetadataStore(), peers)
     await cluster.found()
     async with trio.open_nursery() as nursery:
         for id in cluster.ids:

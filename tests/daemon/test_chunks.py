@@ -66,7 +66,7 @@ async def test_the_dead_and_the_silent_are_asked_last(
         await trio.sleep(60)
         assert chunks.sources(placed, 2) == order
         cluster.die(order[1])
-        await cluster.nodes[0].feed.fresh()
+        await cluster.nodes[0].feed.reached(cluster.etcd.revision)
         assert chunks.sources(placed, 2) == [order[0], order[2], order[1]]
 
 

@@ -121,9 +121,7 @@ async def test_a_lapsed_lease_is_a_loss_and_only_for_its_holder(tmp_path: Path) 
         here, there = Holder(one, await one.make_file(b"f")), Holder(two, await two.make_file(b"g"))
         await here.take()
         await there.take()
-        cluster.etcd.expire(cluster.leases[one.id])
-        await one.feed.fresh()
-        await two.feed.fresh()
+        await cluster.lapse(cluster.leases[one.id])
         assert len(here.losses) == 1 and not there.losses
         one.leases.lose_all("again")
         assert len(here.losses) == 1
@@ -233,11 +231,9 @@ async def test_a_late_drop_does_not_touch_the_next_holder(tmp_path: Path) -> Non
         first, second = Holder(node, await node.make_file(b"f")), Holder(node, InodeNumber(0))
         second.ino = first.ino
         await first.take()
-        cluster.etcd.expire(cluster.leases[node.id])
-        await node.feed.fresh()
+        await cluster.lapse(cluster.leases[node.id])
         node.leases.etcd_lease = await cluster.etcd.grant(10)
         await second.take()
         await first.drop()
-        cluster.etcd.expire(node.leases.etcd_lease)
-        await node.feed.fresh()
+        await cluster.lapse(node.leases.etcd_lease)
         assert second.losses

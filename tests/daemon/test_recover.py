@@ -6,6 +6,7 @@ middle of a seal, and must find what the writer saw. Chunks and metadata are the
 
 from __future__ import annotations
 
+import base64
 import errno
 import fcntl
 import itertools
@@ -24,13 +25,14 @@ import trio
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from modelfs.errors import ChunkMissing, UserError
+from modelfs.errors import ChunkMissing, ProtocolError, UserError
 from modelfs.inode import Inode
 from modelfs.limits import INLINE_BYTES_MAX, KIB
 from modelfs.manifest import PlacedChunk
 from modelfsd import lost, recover, staging
 from modelfsd.layout import read_journal
 from modelfsd.recover import Missing, Rebuild, RecoveryFailed
+from modelfsd.recovery_service import RecoveryService
 from modelfsd.replicator import Replicator
 from modelfsd.writer import WriteSession
 from tests.daemon.node_parts import CHUNK, Cluster, Node, cluster_of
@@ -342,6 +344,34 @@ async def test_a_damaged_description_is_listed_and_refused(tmp_path: Path) -> No
         assert copy.name == name and "damaged" in copy.why
         with pytest.raises(RecoveryFailed, match="is damaged"):
             recover.recover(node.state_dir, name, tmp_path / "made")
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_the_daemon_names_failed_files_and_reads_chunks(tmp_path: Path, rng: Random) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node = cluster.nodes[0]
+        service = RecoveryService(node.writer, node.chunks)
+        await node.make_file(b"f", replicas=1)
+        data = rng.randbytes(FIRST)
+        session = await node.open(b"f")
+        await session.write(0, data)
+        await until(lambda: node.writer.uploads.used_bytes == 0)
+        assert await service.lost({}) == {"failed": {}}
+        (record,) = read_journal(node.state_dir / "staging" / session.copy.directory_name)
+        wanted = {**record["chunk"], "replicas": 1, "start": 100, "size": 200}
+        answer = await service.chunk(wanted)
+        assert base64.b64decode(answer["data"]) == data[100:300]
+        for nonsense in ({"size": FIRST}, {"start": -1}, {"size": "1"}, {"replicas": None}):
+            with pytest.raises(UserError):
+                await service.chunk({**wanted, **nonsense})
+        with pytest.raises(ProtocolError):
+            await service.chunk({**wanted, "id": "no name"})
+        cluster.etcd.expire(cluster.leases[node.id])
+        await node.feed.fresh()
+        ((name, why),) = (await service.lost({}))["failed"].items()
+        assert name == session.copy.directory_name and "lapsed" in why
+        assert set(service.handlers()) == {"lost", "chunk"}
+        await session.release()
 
 
 def test_whole_files_need_no_journal(tmp_path: Path) -> None:

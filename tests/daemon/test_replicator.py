@@ -56,7 +56,7 @@ async def test_another_node_takes_the_copy_of_one_that_cannot(
                 cluster.stores[victim]._capacity_bytes = 0
             elif trouble == "dead":
                 cluster.die(victim)
-                await node.feed.fresh()
+                await node.feed.reached(cluster.etcd.revision)
             else:
                 getattr(cluster.peers, trouble).add(victim)
             await node.replicator.put(ref, table, data, 2, Placements())

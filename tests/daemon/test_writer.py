@@ -116,8 +116,7 @@ async def _fail_write(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def _lapse(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-    node.cluster.etcd.expire(node.cluster.leases[node.id])
-    await node.feed.fresh()
+    await node.cluster.lapse(node.cluster.leases[node.id])
 
 
 @pytest.mark.expected_logs(LOST, "could not be written beside")

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modelfsd import mounts
+from modelfsd import lab_processes, mounts
 from modelfsd.control import call
 from modelfsd.lab import Lab
 from modelfsd.lab_state import LabNode
@@ -37,7 +38,7 @@ Dirs = tuple[Path, Path, Path]
 @contextlib.contextmanager
 def refused(number: int) -> Iterator[None]:
     """The body must fail with exactly this errno."""
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # its number is compared below
         yield
     found = caught.value.errno
     assert found == number, f"{errno.errorcode.get(found or 0)}, not {errno.errorcode[number]}"
@@ -185,18 +186,22 @@ def is_mounted(node: LabNode) -> bool:
 
 def make_whole(lab: Lab) -> None:
     """Start or resume whatever is killed or paused, and wait until all see each other."""
-    from modelfsd import lab_processes
-
     for node in lab.nodes:
         processes = lab_processes.find([node.mark])
         stopped = {pid: start for pid, start in processes.items() if is_stopped(pid)}
         lab_processes.send(stopped, signal.SIGCONT)
-    for node in lab.nodes:
-        if node.pid is None:
-            lab.start(node.name)
+    # All at once: the first of several would wait for the quorum that the others bring.
+    with ThreadPoolExecutor() as pool:
+        dead = [node.name for node in lab.nodes if node.pid is None]
+        for started in [pool.submit(lab.start, name) for name in dead]:
+            started.result()
     lab.wait_for_mesh()
-    for node in lab.nodes:
-        wait_until(lambda node=node: ask(node, "status")["etcd"]["healthy"], "etcd's quorum")
+    wait_until(lambda: all(has_quorum(node) for node in lab.nodes), "etcd's quorum")
+
+
+def has_quorum(node: LabNode) -> bool:
+    """Whether a node can reach etcd's quorum."""
+    return bool(ask(node, "status")["etcd"]["healthy"])
 
 
 def is_stopped(pid: int) -> bool:

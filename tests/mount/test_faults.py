@@ -12,13 +12,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import blake3
 import pytest
 
+from modelfs import stripe
 from modelfsd import lab_processes
 from modelfsd.lab import Lab
 from modelfsd.lab_state import LabNode
@@ -42,10 +42,11 @@ from tests.mount.mount_parts import (
 pytestmark = pytest.mark.fuse
 
 READ_SECONDS_MAX = 5.0  # for one read() beside a dying node; G7 says 1 s on an idle machine
+REFUSAL_SECONDS_MAX = 40.0  # for a change without etcd's quorum; its own deadlines are shorter
 BIG_BYTES = 48 * MIB
 
 READ_SLOWLY = """
-worst, done = 0.0, 0
+wanted_bytes, worst, done = open(wanted, "rb").read(), 0.0, 0
 with open(path, "rb", buffering=0) as file:
     while True:
         started = time.monotonic()
@@ -53,7 +54,7 @@ with open(path, "rb", buffering=0) as file:
         worst = max(worst, time.monotonic() - started)
         if not data:
             break
-        assert data == open(wanted, "rb").read()[done:done + len(data)]
+        assert data == wanted_bytes[done:done + len(data)]
         done += len(data)
         if done == 4 << 20:
             print(json.dumps("reading"), flush=True)
@@ -92,6 +93,18 @@ def read_in_child(path: Path, wanted: Path) -> None:
     assert in_child(source, path=path, wanted=wanted).errno == 0
 
 
+def could_write(path: Path, contents: bytes) -> bool:
+    """Whether a file could be overwritten; False if another node is its writer."""
+    try:
+        with path.open("r+b") as file:
+            file.write(contents)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return False
+        raise
+    return True
+
+
 # ---------------------------------------------------------------- one node
 
 
@@ -102,9 +115,7 @@ def test_a_reader_goes_on_when_a_node_that_it_reads_from_falls_silent(
     here, there = fault_dirs[0] / "big", fault_dirs[2] / "big"
     here.write_bytes(big.read_bytes())
     assert there.stat().st_size == BIG_BYTES
-    reader = start_child(READ_SLOWLY.replace("open(wanted, \"rb\").read()", "wanted_bytes").replace(
-        "worst, done", "wanted_bytes = open(wanted, 'rb').read()\nworst, done"
-    ), path=there, wanted=big)
+    reader = start_child(READ_SLOWLY, path=there, wanted=big)
     assert reader.stdout is not None and "reading" in reader.stdout.readline()
     getattr(fault_lab, how)("n2")
     result = finish_child(reader)
@@ -150,18 +161,8 @@ sys.stdin.readline()
     assert writer.stdout is not None and "open" in writer.stdout.readline()
     with down(fault_lab, "n2"):
         finish_child(writer)
-
-        def can_write() -> bool:
-            try:
-                with file.open("r+b") as taken:
-                    taken.write(pattern(2, 3 * MIB))
-            except OSError as error:
-                assert error.errno == errno.EBUSY
-                return False
-            return True
-
         assert version_in((fault_dirs[2] / "file").read_bytes()) == 1
-        wait_until(can_write, "the lease to lapse")
+        wait_until(lambda: could_write(file, pattern(2, 3 * MIB)), "the lease to lapse")
         assert version_in((fault_dirs[2] / "file").read_bytes()) == 2
     assert version_in((fault_dirs[1] / "file").read_bytes()) == 2
 
@@ -182,20 +183,8 @@ file.close()
 """
     writer = start_child(source, path=fault_dirs[1] / "file")
     assert writer.stdout is not None and "written" in writer.stdout.readline()
-    node = fault_lab.nodes[1]
-    os.sync  # the bytes need not have reached the daemon
     fault_lab.pause("n2")
-
-    def can_write() -> bool:
-        try:
-            with file.open("r+b") as taken:
-                taken.write(pattern(2, 5 * MIB))
-        except OSError as error:
-            assert error.errno == errno.EBUSY
-            return False
-        return True
-
-    wait_until(can_write, "the lease to lapse")
+    wait_until(lambda: could_write(file, pattern(2, 5 * MIB)), "the lease to lapse")
     fault_lab.start("n2")
     result = finish_child(writer)
     assert result.errno == errno.EIO
@@ -203,7 +192,6 @@ file.close()
     for directory in fault_dirs:
         assert version_in((directory / "file").read_bytes()) == 2
     wait_until(lambda: set(lost.iterdir()) - kept_before, "the lost bytes to be kept")
-    assert node.pid is not None
 
 
 # ---------------------------------------------------------------- damage
@@ -224,11 +212,11 @@ def test_a_damaged_chunk_is_never_served_and_is_repaired(
     for directory in fault_dirs:
         forget_pages(directory / "big")
         read_in_child(directory / "big", big)
-    for path, contents in good.items():
-        wait_until(
-            lambda path=path, contents=contents: path.exists() and path.read_bytes() == contents,
-            "the repair",
-        )
+
+    def are_repaired() -> bool:
+        return all(path.exists() and path.read_bytes() == good[path] for path in damaged)
+
+    wait_until(are_repaired, "the repair")
     assert ask(node, "counters")["chunks"]["corrupt"] > 0
 
 
@@ -248,16 +236,16 @@ def test_a_chunk_file_that_is_gone_is_read_from_elsewhere(
 def test_a_range_without_any_copy_is_an_error_and_the_rest_still_reads(
     fault_lab: Lab, fault_dirs: Dirs
 ) -> None:
-    before = {path for node in fault_lab.nodes for path in chunk_files(node)}
     contents = os.urandom(12 * MIB)
     (fault_dirs[0] / "file").write_bytes(contents)
-    assert info(fault_lab, fault_dirs[0] / "file")["chunk_count"] == 3
-    name = blake3.blake3(contents[4 * MIB : 8 * MIB]).hexdigest()
+    chunk_bytes = info(fault_lab, fault_dirs[0] / "file")["chunk_bytes"]
+    start, size = stripe.span(chunk_bytes, stripe.locate(chunk_bytes, 5 * MIB)[0])
+    name = blake3.blake3(contents[start : start + size]).hexdigest()
     copies = [
         path
         for node in fault_lab.nodes
         for path in chunk_files(node)
-        if path not in before and path.parent.name + path.name == name
+        if path.parent.name + path.name == name
     ]
     assert len(copies) == 2
     for path in copies:
@@ -312,19 +300,21 @@ def test_without_the_quorum_reads_go_on_and_writes_fail_in_bounded_time(
             source = "print(json.dumps(open(path, 'rb').read().hex()))"
             result = in_child(source, path=first / name)
             assert (result.errno, result.value) == (0, wanted.hex())
-        refusals = {errno.EROFS, errno.EIO}
-        for source in (
-            "open(path + '/new', 'wb')",
-            "os.mkdir(path + '/directory')",
-            "os.unlink(path + '/small')",
-            "os.rename(path + '/small', path + '/other')",
-            "os.chmod(path + '/small', 0o600)",
-        ):
-            assert in_child(source, path=str(first)).errno in refusals, source
+        children = [
+            start_child(source, path=str(first))
+            for source in (
+                "open(path + '/new', 'wb')",
+                "open(path + '/cached', 'ab')",
+                "os.mkdir(path + '/directory')",
+                "os.unlink(path + '/small')",
+                "os.rename(path + '/small', path + '/other')",
+                "os.chmod(path + '/small', 0o600)",
+            )
+        ]
+        refusals = {finish_child(child, REFUSAL_SECONDS_MAX).errno for child in children}
+        assert refusals <= {errno.EROFS, errno.EIO}
         source = "print(json.dumps(sorted(os.listdir(path))))"
         assert in_child(source, path=first).value == ["cached", "small"]
-        names = in_child(source, path=first)
-        assert names.errno == 0
     assert (fault_dirs[1] / "small").read_bytes() == b"inline"
     (fault_dirs[2] / "new").write_bytes(b"works again")
     assert (first / "new").read_bytes() == b"works again"
@@ -372,9 +362,7 @@ def umount(node: LabNode) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_busy_mount_is_left_alone_and_its_user_is_named(
-    fault_lab: Lab, fault_dirs: Dirs
-) -> None:
+def test_a_busy_mount_is_left_alone_and_its_user_is_named(fault_lab: Lab, fault_dirs: Dirs) -> None:
     (fault_dirs[2] / "file").write_bytes(b"x")
     source = "file = open(path)\nprint(json.dumps('open'), flush=True)\nsys.stdin.readline()"
     user = start_child(source, path=fault_dirs[2] / "file")
@@ -397,10 +385,9 @@ def test_a_clean_stop_commits_leaves_nothing_behind_and_starts_again(
         assert stopped.returncode == 0, stopped.stderr
         assert not is_mounted(node)
         assert node.pid is None
-        wait_until(lambda node=node: not lab_processes.find([node.mark]), "processes to end")
-    started = time.monotonic()
+    marks = [node.mark for node in fault_lab.nodes]
+    wait_until(lambda: not lab_processes.find(marks), "processes to end")
     make_whole(fault_lab)
-    assert time.monotonic() - started < 120
     for directory in fault_dirs:
         assert sorted(os.listdir(directory)) == ["big", "small"]
         read_in_child(directory / "big", big)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from modelfs.errors import UserError
 from modelfsd.lab import Lab
+from modelfsd.lab_state import LabNode
 from tests.mount.mount_parts import MIB, Dirs, ask, pattern, refused, wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +58,12 @@ def modelfs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=False,
     )
+
+
+def owned_bytes(lab: Lab) -> int:
+    """How much chunks that are not cached take on all disks."""
+    folders = [node.state_dir / "chunks" / "owned" for node in lab.nodes]
+    return sum(path.stat().st_size for folder in folders for path in folder.glob("*/*"))
 
 
 def save(path: Path, data: bytes) -> None:
@@ -145,8 +154,9 @@ def test_a_removed_tree_comes_back_from_the_top(lab: Lab, dirs: Dirs) -> None:
     inner = outer / "inner"
     inner.mkdir(parents=True, mode=0o750)
     (inner / "f").write_bytes(b"deep")
-    for remove in (lambda: (inner / "f").unlink(), inner.rmdir, outer.rmdir):
-        remove()
+    (inner / "f").unlink()
+    inner.rmdir()
+    outer.rmdir()
     ((number, why, size),) = past(lab, inner / "f")
     assert (why, size) == ("deleted", 4)
     assert versions(lab, dirs[0])["gone_names"] == ["outer"]
@@ -162,7 +172,7 @@ def test_a_removed_tree_comes_back_from_the_top(lab: Lab, dirs: Dirs) -> None:
     with pytest.raises(UserError, match="is a directory now"):
         restore(lab, inner, past(lab, inner)[-1][0])
     inner.rename(dirs[0] / "moved")
-    with pytest.raises(UserError, match="is back already, as .*/moved"):
+    with pytest.raises(UserError, match=r"is back already, as .*/moved"):
         restore(lab, inner, past(lab, inner)[-1][0])
     assert (dirs[2] / "moved" / "f").read_bytes() == b"deep"
 
@@ -250,3 +260,25 @@ def test_the_commands_say_what_they_did_and_what_is_wrong(lab: Lab, dirs: Dirs) 
     assert "does not exist, and nothing of it is retained" in never.stderr
     with refused(2):
         (dirs[0] / "never").open()
+
+
+def test_reclaim_spares_what_is_retained_and_takes_it_when_that_is_over(lab_root: Path) -> None:
+    with Lab.up(lab_root, 2, settings='reclaim_grace = "1s"\n') as lab:
+        path = lab.nodes[0].mount / "f"
+        data = random.Random(0).randbytes(BIG)
+        path.write_bytes(data)
+        path.unlink()
+        for node in lab.nodes:
+            swept: set[float] = set()
+            wait_until(partial(_has_swept, node, swept), "ten sweeps")
+        assert owned_bytes(lab) > 2 * BIG
+        restore(lab, path, past(lab, path)[-1][0])
+        assert (lab.nodes[1].mount / "f").read_bytes() == data
+        path.unlink()
+        set_policy(lab, lab.nodes[0].mount, retain="0")
+        wait_until(lambda: owned_bytes(lab) == 0, "space given back")
+
+
+def _has_swept(node: LabNode, seen: set[float]) -> bool:
+    seen.add(ask(node, "status")["upkeep"]["swept_at"])
+    return len(seen) > 10

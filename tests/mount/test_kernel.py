@@ -102,7 +102,7 @@ def test_small_writes_cost_no_request_each(lab: Lab, dirs: Dirs) -> None:
 
 def test_what_the_kernel_forgets_we_forget(lab: Lab, dirs: Dirs) -> None:
     node = lab.nodes[1]
-    before = ask(node, "counters")["kernel_inodes"]
+    before: int = ask(node, "counters")["kernel_inodes"]
     for number in range(400):
         (dirs[0] / f"{number}").write_bytes(b"x" * (number % 3) * 5000)
     for number in range(400):
@@ -116,7 +116,8 @@ def test_what_the_kernel_forgets_we_forget(lab: Lab, dirs: Dirs) -> None:
 
     def is_forgotten() -> bool:
         Path("/proc/sys/vm/drop_caches").write_text("2\n")
-        return int(ask(node, "counters")["kernel_inodes"]) <= before
+        kept: int = ask(node, "counters")["kernel_inodes"]
+        return kept <= before
 
     wait_until(is_forgotten, "the kernel's inodes to go")
     assert ask(node, "counters")["handles"] == 0

@@ -14,7 +14,8 @@ What is checked:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 
@@ -23,14 +24,65 @@ import trio
 import trio.testing
 from trio._core import _run as trio_scheduler
 
+from modelfs.chunk import Buffer, ChunkRef
 from modelfs.errors import ModelfsError, StaleHandle, WriterElsewhere
-from modelfs.limits import KIB
-from modelfs.testing.metadata import CommitFault
+from modelfs.ids import ChunkId, NodeId, Revision
+from modelfs.limits import KIB, MIB
+from modelfs.ports import ChunkStore, WatchBatch
+from modelfs.testing.metadata import CommitFault, MemoryMetadataStore, MemoryWatch
+from modelfs.testing.stores import MemoryPeers
 from tests.daemon.node_parts import CHUNK, Cluster, Node, cluster_of
 
 NAMES = [b"a", b"b", b"c"]
 SECONDS = 90.0
 SIZES = [0, 10, 4096, 5000, 60 * KIB, 70 * KIB, 200 * KIB, 3 * CHUNK]
+
+
+class LaggingWatch(MemoryWatch):
+    """Brings its news late, by `lag` seconds now and then."""
+
+    lag = 0.0
+
+    async def __anext__(self) -> WatchBatch:
+        batch = await super().__anext__()
+        await trio.sleep(self.lag if batch.revision % 3 else 0.0)
+        return batch
+
+
+class LaggingStore(MemoryMetadataStore):
+    """An etcd whose watches lag, each by its own time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lags = itertools.cycle([0.0, 0.3, 0.02, 0.6, 0.1])
+
+    def watch(self, prefix: bytes, start: Revision) -> MemoryWatch:
+        watch = LaggingWatch(self, prefix, start)
+        watch.lag = next(self.lags)
+        return watch
+
+
+class ForgetfulPeers(MemoryPeers):
+    """A node that restarts has lost what it was sent since its last sync."""
+
+    def __init__(self, stores: Mapping[NodeId, ChunkStore]) -> None:
+        super().__init__(stores)
+        self.unsynced: dict[NodeId, set[ChunkId]] = {node: set() for node in stores}
+
+    async def put(self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer) -> None:
+        await trio.sleep(len(data) / (10 * MIB))
+        await super().put(node, ref, table, data)
+        self.unsynced[node].add(ref.id)
+
+    async def sync(self, node: NodeId, incarnation: str | None = None) -> None:
+        await super().sync(node, incarnation)
+        self.unsynced[node].clear()
+
+    def restart(self, node: NodeId) -> None:
+        super().restart(node)
+        for chunk in self.unsynced[node]:
+            self.stores[node].delete(chunk)
+        self.unsynced[node].clear()
 
 
 class Journal:
@@ -65,6 +117,8 @@ class Simulation:
 
     def __init__(self, cluster: Cluster, rng: Random) -> None:
         self.cluster, self.rng, self.journal = cluster, rng, Journal()
+        assert isinstance(cluster.peers, ForgetfulPeers)
+        self.peers = cluster.peers
         self.ends_at = trio.current_time() + SECONDS
 
     def goes_on(self) -> bool:
@@ -145,7 +199,7 @@ class Simulation:
             self.compact, self.lose_an_answer, self.lapse,
         ]  # fmt: skip
         while self.goes_on():
-            await self.pause(5)
+            await self.pause(2)
             result = self.rng.choice(kinds)()
             if result is not None:
                 await result  # type: ignore[misc]
@@ -158,7 +212,8 @@ class Simulation:
         how.discard(victim)
 
     def restart(self) -> None:
-        self.cluster.peers.restart(self.rng.choice(self.cluster.ids))
+        busy = [id for id, chunks in self.peers.unsynced.items() if chunks]
+        self.peers.restart(self.rng.choice(busy or self.cluster.ids))
 
     def rot(self) -> None:
         """Of a chunk that two other nodes have: else it could not be survived."""
@@ -230,7 +285,7 @@ async def test_no_acknowledged_byte_is_lost_and_no_version_is_torn(
 ) -> None:
     monkeypatch.setattr(trio_scheduler, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
     trio_scheduler._r.seed(rng.random())
-    async with cluster_of(4, tmp_path) as cluster:
+    async with cluster_of(4, tmp_path, LaggingStore(), ForgetfulPeers) as cluster:
         for name in NAMES:
             await cluster.nodes[0].make_file(name)
         simulation = Simulation(cluster, rng)
