@@ -219,9 +219,7 @@ def _lock_wait(value: object) -> float:
 def _reclaim_grace(value: object) -> float:
     seconds = parse_duration(_text(value))
     if seconds < RECLAIM_GRACE_SECONDS_MIN:
-        raise UserError(
-            f"{value!r} is too short: readers and writers must have time to answer"
-        )
+        raise UserError(f"{value!r} is too short: readers and writers must have time to answer")
     return seconds
 
 

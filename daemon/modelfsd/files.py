@@ -43,6 +43,7 @@ class Handle:
 
     inode: KernelInode
     session: WriteSession | None
+    opener: int = 0  # the pid that opened it for writing
 
 
 class _SentBack:
@@ -92,6 +93,7 @@ class Files:
         self._contents, self._writer, self._start = contents, writer, run_in_background
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
+        self._just_opened: dict[int, int] = {}  # pid -> its last handle for writing, still unused
         self._sent_opens, self._sent_links = _SentBack(), _SentBack()
 
     def __len__(self) -> int:
@@ -135,7 +137,9 @@ class Files:
             if isinstance(error, StaleHandle):
                 self._sent_opens.send(caller)
             raise
-        return self._new_handle(inode, session)
+        number = self._new_handle(inode, session, caller.pid)
+        self._just_opened[caller.pid] = number
+        return number
 
     def look_again_once(self, inode: KernelInode, caller: Caller) -> None:
         """For link: send the kernel back from what is superseded, but let through what is back.
@@ -151,9 +155,9 @@ class Files:
         self._sent_opens.note_lookup(caller, inode)
         self._sent_links.note_lookup(caller, inode)
 
-    def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
+    def _new_handle(self, inode: KernelInode, session: WriteSession | None, opener: int = 0) -> int:
         self._last_handle += 1
-        self._handles[self._last_handle] = Handle(inode, session)
+        self._handles[self._last_handle] = Handle(inode, session, opener)
         inode.handles += 1
         return self._last_handle
 
@@ -173,6 +177,13 @@ class Files:
         return self._new_handle(inode, session), inode
 
     # ------------------------------------------------------------ using
+
+    def _use(self, number: int) -> Handle:
+        """A handle that is not just opened any more: an O_TRUNC would have come before."""
+        handle = self._handles[number]
+        if self._just_opened.get(handle.opener) == number:
+            del self._just_opened[handle.opener]
+        return handle
 
     def inode_of(self, number: int) -> KernelInode:
         """The inode of a handle."""
@@ -195,20 +206,21 @@ class Files:
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Take bytes; returns how many."""
-        session = self._handles[number].session
+        session = self._use(number).session
         assert session is not None, "the kernel refuses writes to read-only handles"
         await session.write(offset, data)
         return len(data)
 
     async def flush(self, number: int) -> None:
         """close() of a descriptor, or fsync(): commit what was written through this file."""
-        session = self._handles[number].session
+        session = self._use(number).session
         if session is not None:
             await session.flush()
 
     async def release(self, number: int) -> None:
         """The last descriptor of a handle is gone."""
-        handle = self._handles.pop(number)
+        handle = self._use(number)
+        del self._handles[number]
         if handle.session is not None:
             await handle.session.release()
         self._cache.inodes.close(handle.inode)
@@ -216,9 +228,23 @@ class Files:
     # ------------------------------------------------------------ attributes of files
 
     async def truncate(
-        self, inode: KernelInode, size: int, mtime_ns: int | None, number: int | None
+        self,
+        inode: KernelInode,
+        size: int,
+        mtime_ns: int | None,
+        number: int | None,
+        caller: Caller,
     ) -> None:
-        """ftruncate() on a handle, or truncate() by path: then committed at once."""
+        """ftruncate() on a handle, or truncate() by path: then committed at once.
+
+        pyfuse3 leaves O_TRUNC to the kernel, which sends an OPEN and then a SETATTR without a
+        handle. That one belongs to the handle: committed with what is written, never on its own,
+        so that a writer that dies leaves the old version and nobody sees an empty one.
+        """
+        if number is None and size == 0:
+            opened = self._just_opened.pop(caller.pid, None)
+            if opened is not None and self._handles[opened].inode is inode:
+                number = opened
         session = self._handles[number].session if number is not None else None
         if session is not None:
             await session.truncate(size)

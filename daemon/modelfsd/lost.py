@@ -157,5 +157,9 @@ def lost_bases(lost_dir: Path, now: float) -> list[Inode]:
 
 def _recent(lost_dir: Path, now: float) -> Iterator[Path]:
     for directory in _directories(lost_dir):
-        if directory.stat().st_mtime >= now - RENEWAL_SECONDS:
+        try:
+            is_recent = directory.stat().st_mtime >= now - RENEWAL_SECONDS
+        except FileNotFoundError:
+            continue  # its owner has removed it
+        if is_recent:
             yield directory

@@ -149,7 +149,7 @@ class Operations(pyfuse3.Operations):
         target = self._inodes[inode]
         mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
         if fields.update_size:
-            await self._files.truncate(target, attr.st_size, mtime_ns, fh)
+            await self._files.truncate(target, attr.st_size, mtime_ns, fh, _caller(ctx))
             mtime_ns = None
         change = AttributeChange(
             permissions=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,

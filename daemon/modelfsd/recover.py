@@ -25,7 +25,7 @@ from modelfs.errors import ModelfsError, ProtocolError, UserError
 from modelfs.limits import MIB
 from modelfs.manifest import Manifest, PlacedChunk
 from modelfs.ports import Holding
-from modelfsd import chunk_file, layout, lost
+from modelfsd import chunk_file, layout, lost, mounts
 from modelfsd.config import default_state_dir
 from modelfsd.control import call
 from modelfsd.lost import LostCopy
@@ -100,7 +100,7 @@ def choose_state_dir(
     if state_dir and mountpoint:
         raise UserError("--state-dir and --mount both name a node: give one of them")
     if mountpoint:
-        entry = registry.find_by_mountpoint(os.path.abspath(mountpoint))
+        entry = registry.find_by_mountpoint(mounts.resolve(os.path.abspath(mountpoint))[0])
         if entry is None:
             raise UserError(f"no modelfs daemon has served {mountpoint}; give --state-dir")
         return Path(entry.state_dir)

@@ -57,6 +57,7 @@ from modelfs.ids import Epoch
 
 JOURNAL = "sealed.jsonl"
 DESCRIPTION = "description.json"
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(slots=True, eq=False)
@@ -93,10 +94,22 @@ class StagingDirectory:
         self.is_made = True
 
     def describe(self, description: Mapping[str, object]) -> None:
-        """Write what the directory is, whole or not at all. Raises OSError."""
-        temporary = self.path / f".{DESCRIPTION}"
-        temporary.write_text(json.dumps(description) + "\n")
-        temporary.replace(self.path / DESCRIPTION)
+        """Write what the directory is, whole or not at all. Raises OSError.
+
+        On a full disk, which may be the very reason, the old text is written over: it is as long.
+        """
+        text = json.dumps(description).encode() + b"\n"
+        temporary, final = self.path / f".{DESCRIPTION}", self.path / DESCRIPTION
+        try:
+            temporary.write_bytes(text)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            if error.errno not in FULL_ERRNOS or not final.exists():
+                raise
+            write_at(final, text, 0)
+            cut_at(final, len(text))
+        else:
+            temporary.replace(final)
 
     def new_chunk(self, index: int, under_limit: int) -> StagedChunk:
         """A staging file for a position; it is made by its first write."""
@@ -184,7 +197,7 @@ def _full_disk_as_out_of_space(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL_ERRNOS:
             raise OutOfSpace(f"no room in {path}") from error
         raise
 

@@ -110,7 +110,7 @@ async def test_the_node_with_the_smallest_id_does_it_and_the_next_when_it_is_gon
                 await other.write_file(name, b"x")
                 await remove(other, name, now_ns=1)  # of 1970
                 if retention is first:
-                    await trio.testing.wait_all_tasks_blocked(0.01)
+                    await trio.testing.wait_all_tasks_blocked()
                     assert len(await entries(other)) == 1
                     nursery.start_soon(first.run)
                 while not retention.expired:
@@ -134,7 +134,7 @@ async def test_a_policy_that_is_set_is_acted_on_soon(
             await node.write_file(b"f", data)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(retention.run)
-            await trio.testing.wait_all_tasks_blocked(0.01)
+            await trio.testing.wait_all_tasks_blocked()
             assert len(await entries(node)) == 1
             policies = Policies(node.namespace)
             answer = await policies.policy({"path": [], "set": {"retain": "0"}})

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from modelfsd.lab import Lab
-from tests.mount.mount_parts import Dirs, make_whole
+from tests.mount.mount_parts import BIG_BYTES, Dirs, make_whole
 
 NODES = 3
 LOCK_WAIT_SECONDS = 2
@@ -99,3 +99,11 @@ def _fresh_directory(lab: Lab, remove: bool = True) -> Iterator[Dirs]:
     yield first, second, third
     if remove:
         shutil.rmtree(first)
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    """A file of random bytes outside the cluster, to compare with."""
+    path = tmp_path / "big"
+    path.write_bytes(os.urandom(BIG_BYTES))
+    return path

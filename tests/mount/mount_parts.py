@@ -31,6 +31,7 @@ CHILD_SECONDS = 60.0  # a guard against hangs, not a measure of speed
 CONDITION_SECONDS = 60.0
 POLL_SECONDS = 0.05
 MIB = 1 << 20
+BIG_BYTES = 48 * MIB
 
 Dirs = tuple[Path, Path, Path]
 
@@ -109,6 +110,12 @@ def in_child(
 ) -> ChildResult:
     """Run Python in a child and wait for it. `print(json.dumps(x))` gives its value."""
     return finish_child(start_child(source, uid, **arguments), seconds)
+
+
+def assert_same(path: Path, wanted: Path) -> None:
+    """Compare two files, in a child that may hang."""
+    source = "assert open(path, 'rb').read() == open(wanted, 'rb').read()"
+    assert in_child(source, path=path, wanted=wanted).errno == 0
 
 
 def run(*command: str | Path, seconds: float = CHILD_SECONDS) -> str:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,21 +18,20 @@ import blake3
 import pytest
 
 from modelfs import stripe
-from modelfsd import lab_processes
 from modelfsd.lab import Lab
 from modelfsd.lab_state import LabNode
 from tests.mount.mount_parts import (
+    BIG_BYTES,
     MIB,
     Dirs,
     ask,
+    assert_same,
     finish_child,
     forget_pages,
     in_child,
     info,
-    is_mounted,
     make_whole,
     pattern,
-    refused,
     start_child,
     version_in,
     wait_until,
@@ -43,7 +41,6 @@ pytestmark = pytest.mark.fuse
 
 READ_SECONDS_MAX = 5.0  # for one read() beside a dying node; G7 says 1 s on an idle machine
 REFUSAL_SECONDS_MAX = 40.0  # for a change without etcd's quorum; its own deadlines are shorter
-BIG_BYTES = 48 * MIB
 
 READ_SLOWLY = """
 wanted_bytes, worst, done = open(wanted, "rb").read(), 0.0, 0
@@ -63,14 +60,6 @@ print(json.dumps([done, worst]))
 """
 
 
-@pytest.fixture
-def big(tmp_path: Path) -> Path:
-    """A file of random bytes outside the cluster, to compare with."""
-    path = tmp_path / "big"
-    path.write_bytes(os.urandom(BIG_BYTES))
-    return path
-
-
 @contextlib.contextmanager
 def down(lab: Lab, *names: str) -> Iterator[None]:
     """These nodes are killed for as long as the body runs; then all are up again."""
@@ -85,12 +74,6 @@ def down(lab: Lab, *names: str) -> Iterator[None]:
 def chunk_files(node: LabNode) -> list[Path]:
     """The chunks that a node owns, on its disk."""
     return [path for path in (node.state_dir / "chunks" / "owned").glob("*/*") if path.is_file()]
-
-
-def read_in_child(path: Path, wanted: Path) -> None:
-    """Compare a file with another one, from a child that may hang."""
-    source = "assert open(path, 'rb').read() == open(wanted, 'rb').read()"
-    assert in_child(source, path=path, wanted=wanted).errno == 0
 
 
 def could_write(path: Path, contents: bytes) -> bool:
@@ -124,7 +107,7 @@ def test_a_reader_goes_on_when_a_node_that_it_reads_from_falls_silent(
     assert size == BIG_BYTES
     assert worst_seconds < READ_SECONDS_MAX
     forget_pages(here)
-    read_in_child(here, big)
+    assert_same(here, big)
 
 
 def test_writes_go_on_while_a_node_is_dead_and_it_sees_them_when_it_is_back(
@@ -138,11 +121,11 @@ def test_writes_go_on_while_a_node_is_dead_and_it_sees_them_when_it_is_back(
         (first / "big").write_bytes(big.read_bytes())
         (second / "directory").mkdir()
         os.rename(second / "big", second / "directory" / "big")
-        found = info(fault_lab, first / "directory" / "big")
+        found = info(fault_lab, second / "directory" / "big")
         assert found["under_replicated"] == 0, "copies are handed off to living nodes"
-        read_in_child(second / "directory" / "big", big)
+        assert_same(second / "directory" / "big", big)
     assert (third / "before").read_bytes() == b"changed"
-    read_in_child(third / "directory" / "big", big)
+    assert_same(third / "directory" / "big", big)
     assert sorted(os.listdir(third)) == ["before", "directory"]
 
 
@@ -211,7 +194,7 @@ def test_a_damaged_chunk_is_never_served_and_is_repaired(
             file.write(bytes(byte ^ 0x40 for byte in good[path][offset : offset + 4]))
     for directory in fault_dirs:
         forget_pages(directory / "big")
-        read_in_child(directory / "big", big)
+        assert_same(directory / "big", big)
 
     def are_repaired() -> bool:
         return all(path.exists() and path.read_bytes() == good[path] for path in damaged)
@@ -230,7 +213,7 @@ def test_a_chunk_file_that_is_gone_is_read_from_elsewhere(
         path.unlink()
     for directory in fault_dirs:
         forget_pages(directory / "big")
-        read_in_child(directory / "big", big)
+        assert_same(directory / "big", big)
 
 
 def test_a_range_without_any_copy_is_an_error_and_the_rest_still_reads(
@@ -287,24 +270,38 @@ def test_a_daemon_whose_etcd_is_killed_recovers(fault_lab: Lab, fault_dirs: Dirs
     assert [(directory / "file").read_bytes() for directory in fault_dirs] == [b"after"] * 3
 
 
+def write_local_file(node: LabNode, directory: Path) -> Path:
+    """A file whose chunks, the manifest's too, happen to be on this very node."""
+    for number in itertools.count():
+        path = directory / f"{number}"
+        path.write_bytes(os.urandom(100_000))
+        before = ask(node, "counters")["chunks"]["remote_bytes"]
+        forget_pages(path)
+        path.read_bytes()
+        if ask(node, "counters")["chunks"]["remote_bytes"] == before:
+            return path
+    raise AssertionError
+
+
 def test_without_the_quorum_reads_go_on_and_writes_fail_in_bounded_time(
     fault_lab: Lab, fault_dirs: Dirs
 ) -> None:
     first = fault_dirs[0]
     (first / "small").write_bytes(b"inline")
-    contents = os.urandom(3 * MIB)
-    (first / "cached").write_bytes(contents)
-    assert (first / "cached").read_bytes() == contents
+    local = write_local_file(fault_lab.nodes[0], first)
+    contents = local.read_bytes()
+    names = sorted(os.listdir(first))
+    forget_pages(local)
     with down(fault_lab, "n2", "n3"):
-        for name, wanted in (("small", b"inline"), ("cached", contents)):
+        for path, wanted in ((first / "small", b"inline"), (local, contents)):
             source = "print(json.dumps(open(path, 'rb').read().hex()))"
-            result = in_child(source, path=first / name)
+            result = in_child(source, path=path)
             assert (result.errno, result.value) == (0, wanted.hex())
         children = [
             start_child(source, path=str(first))
             for source in (
                 "open(path + '/new', 'wb')",
-                "open(path + '/cached', 'ab')",
+                "open(path + '/0', 'ab')",
                 "os.mkdir(path + '/directory')",
                 "os.unlink(path + '/small')",
                 "os.rename(path + '/small', path + '/other')",
@@ -314,84 +311,7 @@ def test_without_the_quorum_reads_go_on_and_writes_fail_in_bounded_time(
         refusals = {finish_child(child, REFUSAL_SECONDS_MAX).errno for child in children}
         assert refusals <= {errno.EROFS, errno.EIO}
         source = "print(json.dumps(sorted(os.listdir(path))))"
-        assert in_child(source, path=first).value == ["cached", "small"]
+        assert in_child(source, path=first).value == names
     assert (fault_dirs[1] / "small").read_bytes() == b"inline"
     (fault_dirs[2] / "new").write_bytes(b"works again")
     assert (first / "new").read_bytes() == b"works again"
-
-
-# ---------------------------------------------------------------- all of them
-
-
-def test_everything_is_there_after_all_nodes_were_killed_at_once(
-    fault_lab: Lab, fault_dirs: Dirs, big: Path
-) -> None:
-    first, second, third = fault_dirs
-    (first / "closed").write_bytes(big.read_bytes())
-    (second / "small").write_bytes(b"small")
-    (third / "a").mkdir()
-    os.rename(third / "small", third / "a" / "renamed")
-    source = """
-file = open(path, "wb", buffering=0)
-file.write(b"s" * 3000000)
-os.fsync(file.fileno())
-file.write(b"not synced")
-print(json.dumps("synced"), flush=True)
-sys.stdin.readline()
-"""
-    writer = start_child(source, path=second / "synced")
-    assert writer.stdout is not None and "synced" in writer.stdout.readline()
-    lab_processes.kill([node.mark for node in fault_lab.nodes], 20.0)
-    finish_child(writer)
-    make_whole(fault_lab)
-    for directory in fault_dirs:
-        assert sorted(os.listdir(directory)) == ["a", "closed", "synced"]
-        assert (directory / "a" / "renamed").read_bytes() == b"small"
-        read_in_child(directory / "closed", big)
-        assert (directory / "synced").read_bytes()[:3_000_000] == b"s" * 3_000_000
-    (third / "synced").write_bytes(b"writable again")
-    assert (first / "synced").read_bytes() == b"writable again"
-
-
-def umount(node: LabNode) -> subprocess.CompletedProcess[str]:
-    """`modelfs umount` of a node's mount."""
-    command = [sys.executable, "-m", "modelfsd", "umount", str(node.mount)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd="/", env=environment
-    )
-
-
-def test_a_busy_mount_is_left_alone_and_its_user_is_named(fault_lab: Lab, fault_dirs: Dirs) -> None:
-    (fault_dirs[2] / "file").write_bytes(b"x")
-    source = "file = open(path)\nprint(json.dumps('open'), flush=True)\nsys.stdin.readline()"
-    user = start_child(source, path=fault_dirs[2] / "file")
-    assert user.stdout is not None and "open" in user.stdout.readline()
-    refused_umount = umount(fault_lab.nodes[2])
-    assert refused_umount.returncode != 0
-    assert str(user.pid) in refused_umount.stderr and "busy" in refused_umount.stderr
-    assert (fault_dirs[2] / "file").read_bytes() == b"x"
-    finish_child(user)
-
-
-def test_a_clean_stop_commits_leaves_nothing_behind_and_starts_again(
-    fault_lab: Lab, fault_dirs: Dirs, big: Path
-) -> None:
-    first, second, third = fault_dirs
-    (first / "big").write_bytes(big.read_bytes())
-    (second / "small").write_bytes(b"small")
-    for node in reversed(fault_lab.nodes):
-        stopped = umount(node)
-        assert stopped.returncode == 0, stopped.stderr
-        assert not is_mounted(node)
-        assert node.pid is None
-    marks = [node.mark for node in fault_lab.nodes]
-    wait_until(lambda: not lab_processes.find(marks), "processes to end")
-    make_whole(fault_lab)
-    for directory in fault_dirs:
-        assert sorted(os.listdir(directory)) == ["big", "small"]
-        read_in_child(directory / "big", big)
-    (third / "small").write_bytes(b"after")
-    assert (first / "small").read_bytes() == b"after"
-    with refused(errno.ENOENT):
-        (second / "missing").open()
