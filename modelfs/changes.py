@@ -28,6 +28,7 @@ from typing import Generic, TypeVar
 from msgspec.structs import replace
 
 from modelfs import keys
+from modelfs.attributes import AttributeChange, changed_attributes
 from modelfs.errors import (
     DirectoryNotEmpty,
     EntryExists,
@@ -285,35 +286,17 @@ def rename(
 # ---------------------------------------------------------------- inodes
 
 
-@dataclass(frozen=True, slots=True)
-class AttributeChange:
-    """What chmod, chown and utimens set; None leaves a field as it is."""
-
-    permissions: int | None = None  # mode bits without the file type
-    uid: int | None = None
-    gid: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-
-
 def set_attributes(
     mirror: Mirror, ino: InodeNumber, change: AttributeChange, editor: NodeId, now_ns: int
 ) -> Plan[Inode]:
     """chmod, chown, utimens. A new mtime of a file is a new view of it."""
     row, record = _require(mirror, ino)
-    fields: dict[str, int | str] = {"ctime_ns": now_ns}
-    if change.permissions is not None:
-        fields["mode"] = record.kind | change.permissions
-    for name in ("uid", "gid", "atime_ns"):
-        value = getattr(change, name)
-        if value is not None:
-            fields[name] = value
     draft = _Draft()
+    changed = changed_attributes(record, change, now_ns)
     if change.mtime_ns is not None and record.is_directory:
         draft.put(keys.dirtime(ino), encode_dirtime(change.mtime_ns, now_ns))
-    elif change.mtime_ns is not None and change.mtime_ns != record.mtime_ns:
-        fields |= {"mtime_ns": change.mtime_ns, "touches": record.touches + 1, "editor": editor}
-    changed = replace(record, **fields)
+    elif changed.mtime_ns != record.mtime_ns:
+        changed = replace(changed, touches=record.touches + 1, editor=editor)
     draft.unchanged(keys.inode(ino), row)
     draft.put(keys.inode(ino), encode(changed))
     return draft.plan(changed)
@@ -350,6 +333,7 @@ def commit_contents(
         inline=contents.inline,
         manifest=contents.manifest,
         chunk_bytes=contents.chunk_bytes,
+        hole_bytes=contents.hole_bytes,
         mtime_ns=contents.mtime_ns,
         editor=contents.editor,
         ctime_ns=now_ns,

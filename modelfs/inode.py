@@ -83,6 +83,7 @@ class Inode(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     target: bytes = b""  # of a symbolic link
     xattrs: dict[bytes, bytes] = {}
     policy: Policy | None = None
+    hole_bytes: int = 0  # of the size: where no chunk is; at least so many
 
     @property
     def kind(self) -> int:

@@ -28,7 +28,7 @@ from modelfs.chunk import ChunkRef
 from modelfs.errors import ProtocolError
 from modelfs.ids import ChunkId, Epoch
 from modelfs.limits import CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, FILE_BYTES_MAX
-from modelfs.stripe import chunk_count
+from modelfs.stripe import chunk_count, span
 
 ENTRY = np.dtype([("id", "V32"), ("checksum", "<u8"), ("length", "<u4"), ("epoch", "<u4")])
 HEADER = struct.Struct("<8sQIII")
@@ -137,6 +137,24 @@ class Manifest:
         """The chunks of the pages (not of the file)."""
         if self.is_paged:
             yield from (placed for entry in self.table if (placed := _placed(entry)) is not None)
+
+    def hole_bytes(self) -> int:
+        """How much of the file lies where no chunk is. A page that is not loaded counts as full."""
+        is_hole = np.zeros(self.count + 2, np.bool_)  # with one chunk before and one after
+        if not self.is_paged:
+            is_hole[1:-1] = self.table["length"] == 0
+        for page in range(len(self.table) if self.is_paged else 0):
+            first = page * PAGE_ENTRIES
+            last = min(first + PAGE_ENTRIES, self.count)
+            if self.table[page]["length"] == 0:
+                is_hole[first + 1 : last + 1] = True
+            elif page in self.pages:
+                is_hole[first + 1 : last + 1] = self.pages[page]["length"] == 0
+        borders = [
+            min(self.size, span(self.chunk_bytes, int(index))[0])
+            for index in np.flatnonzero(is_hole[1:] != is_hole[:-1])
+        ]
+        return sum(borders[1::2]) - sum(borders[::2])
 
     def missing_pages(self) -> list[int]:
         """The pages that `entries` needs and that are not loaded."""

@@ -27,6 +27,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from modelfs.limits import PUT_PATIENCE_SECONDS
 from modelfsd import lab_processes
 from modelfsd.lab import Lab
 from modelfsd.lab_state import LabNode
@@ -34,6 +35,9 @@ from tests.soak_workers import FILES, Board, Torn, create_files, number_in
 
 ROOT = Path(__file__).parents[1]
 STUCK_SECONDS_MAX = 5.0
+# Who reads a file on the node that commits it waits for the commit, and that waits for a peer that
+# is silent until it is known to be dead, or for as long as a put is given (limits.py).
+STUCK_BY_FAULT_SECONDS_MAX = 5.0 + PUT_PATIENCE_SECONDS
 DAEMON_BYTES_MAX = 1 << 30
 FAULT_SECONDS = (3.0, 12.0)  # how long a node is away
 HEALTHY_SECONDS = (5.0, 15.0)  # and how long it is there between two faults
@@ -71,6 +75,7 @@ class WorkerProcess:
         self.reports: list[dict[str, Any]] = []  # the last one of each process
         self.deaths: list[int] = []
         self.process: subprocess.Popen[str] | None = None
+        self.listener: Thread | None = None
 
     def start(self, seconds: float, seed: int) -> None:
         """Start it; a thread keeps its last report."""
@@ -82,14 +87,16 @@ class WorkerProcess:
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, cwd="/", env=environment
         )
-        Thread(target=self._listen, args=(self.process,), daemon=True).start()
+        self.listener = Thread(target=self._listen, args=(self.process,), daemon=True)
+        self.listener.start()
 
     def _listen(self, process: subprocess.Popen[str]) -> None:
         self.reports.append({})
         place = len(self.reports) - 1
         assert process.stdout is not None
-        for line in process.stdout:
-            self.reports[place] = json.loads(line)
+        with process.stdout:
+            for line in process.stdout:
+                self.reports[place] = json.loads(line)
 
     @property
     def name(self) -> str:
@@ -200,15 +207,19 @@ class Soak:
             worker.process.pid: worker.name
             for worker in self.workers
             # Who reads from a node that is paused waits for it, as it must.
-            if worker.process is not None and worker.node.name not in self.away
+            if worker.process is not None
+            and worker.process.poll() is None
+            and worker.node.name not in self.away
         }
         for node in self.lab.nodes:
             owners |= dict.fromkeys(lab_processes.find([node.mark]), node.name)
+        names = {node.name for node in self.lab.nodes}
         now, still = time.monotonic(), {}
         for pid, owner in owners.items():
             for thread in _threads_waiting(pid):
                 since = still[pid, thread] = self.waiting.get((pid, thread), now)
-                if now - since > STUCK_SECONDS_MAX:
+                of_worker = self.with_faults and owner not in names
+                if now - since > (STUCK_BY_FAULT_SECONDS_MAX if of_worker else STUCK_SECONDS_MAX):
                     what = _text_of(Path(f"/proc/{pid}/task/{thread}/wchan"))
                     self.findings.problem(f"{owner} waits for {now - since:.0f} s in D: {what}")
         self.waiting = still
@@ -244,6 +255,9 @@ class Soak:
                 worker.process.wait(max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 self.findings.problem(f"{worker.name} does not end")
+                continue
+            if worker.listener is not None:
+                worker.listener.join(GRACE_SECONDS)  # its last report
         self._look()
 
     def _collect(self) -> None:

@@ -95,7 +95,7 @@ def number_in(data: bytes, name: str) -> int:
         if len(data) == half_of(length) < length:
             wanted = wanted[: len(data)]
         rank = 2 * number + (len(data) < length)
-    if data != wanted:
+    if data != wanted or (name.startswith("append") and len(data) % UNIT_BYTES):
         at = next((i for i, (a, b) in enumerate(zip(data, wanted, strict=False)) if a != b), -1)
         found = "a wrong length" if at < 0 else f"at {at} {data[at : at + 48]!r}"
         raise Torn(f"{len(data)} bytes of version {number}, {length} bytes long: {found}")

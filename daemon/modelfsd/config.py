@@ -61,6 +61,7 @@ class MountOptions:
     xattr: bool = False
     read_only: bool = False
     no_exec: bool = False
+    relatime: bool = False
 
     def fuse_options(self) -> frozenset[str]:
         """The words for libfuse. The kernel checks permissions itself, always."""
@@ -81,6 +82,8 @@ _OPTION_WORDS: dict[str, dict[str, bool]] = {
     "noxattr": {"xattr": False},
     "ro": {"read_only": True},
     "rw": {"read_only": False},
+    "relatime": {"relatime": True},
+    "noatime": {"relatime": False},
     "exec": {"no_exec": False},
     "noexec": {"no_exec": True},
     "default_permissions": {},  # always on
@@ -156,6 +159,7 @@ class Config:
             "xattr" if self.options.xattr else "noxattr",
             "ro" if self.options.read_only else "rw",
             "noexec" if self.options.no_exec else "exec",
+            "relatime" if self.options.relatime else "noatime",
         ]
         return [*words, "-o", ",".join(options)]
 

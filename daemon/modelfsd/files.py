@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from typing import NoReturn
 import trio
 
 from modelfs.access import AccessPattern
-from modelfs.changes import AttributeChange, Claim
-from modelfs.errors import ModelfsError, StaleHandle
+from modelfs.attributes import AttributeChange, changed_attributes
+from modelfs.changes import Claim
+from modelfs.errors import ModelfsError, StaleHandle, WriterElsewhere
 from modelfs.ids import KernelId
 from modelfsd.contents import Contents
 from modelfsd.kernel_cache import KernelCache
@@ -103,22 +105,27 @@ class Files:
 
     async def open(self, inode: KernelInode, flags: int, caller: Caller) -> int:
         """Open a file; returns the number of its handle. Raises `StaleHandle` to look again."""
+        # Asked first: an election, which `fresh` waits for, outlasts the memory of who was sent.
+        has_looked_again = self._sent_opens.is_back(caller, inode)
         must_look_again = self._cache.must_look_again(inode)
         await self._namespace.fresh()
         must_look_again = must_look_again or self._cache.must_look_again(inode)
-        has_looked_again = self._sent_opens.is_back(caller, inode)
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if not writable:
             if must_look_again and not has_looked_again:
                 self._sent_opens.send(caller)
             return self._new_handle(inode, None)
-        return await self._open_for_writing(
-            inode, flags, caller, must_look_again and not has_looked_again
-        )
+        return await self._open_for_writing(inode, flags, caller, must_look_again, has_looked_again)
 
     async def _open_for_writing(
-        self, inode: KernelInode, flags: int, caller: Caller, must_look_again: bool
+        self,
+        inode: KernelInode,
+        flags: int,
+        caller: Caller,
+        must_look_again: bool,
+        has_looked_again: bool,
     ) -> int:
+        must_look_again = must_look_again and not has_looked_again
         session = self._writer.session_of(inode)
         try:
             size = max(inode.record.size, session.copy.size)
@@ -135,6 +142,10 @@ class Files:
         except BaseException as error:
             await session.release()
             if isinstance(error, StaleHandle):
+                if has_looked_again:  # the kernel would tell the application ESTALE
+                    raise WriterElsewhere(
+                        f"inode {inode.ino} was written twice meanwhile"
+                    ) from error
                 self._sent_opens.send(caller)
             raise
         number = self._new_handle(inode, session, caller.pid)
@@ -142,7 +153,7 @@ class Files:
         return number
 
     def look_again_once(self, inode: KernelInode, caller: Caller) -> None:
-        """For link: send the kernel back from what is superseded, but let through what is back.
+        """For link, chmod and the like: send the kernel back from what is superseded, once.
 
         The name meant that file after the call began, and if it has gone since, that is ENOENT.
         """
@@ -249,6 +260,9 @@ class Files:
         if session is not None:
             await session.truncate(size)
             session.copy.mtime_ns = mtime_ns
+            if mtime_ns is not None and not session.copy.is_dirty and inode.is_current:
+                # The size is as it was, so nothing will be committed: the time goes on its own.
+                await self.set_attributes(inode, AttributeChange(mtime_ns=mtime_ns), caller)
             return
         await self._namespace.fresh()
         session = self._writer.session_of(inode)
@@ -260,17 +274,22 @@ class Files:
         finally:
             await session.release()
 
-    async def set_attributes(self, inode: KernelInode, change: AttributeChange) -> None:
+    async def set_attributes(
+        self, inode: KernelInode, change: AttributeChange, caller: Caller
+    ) -> None:
         """As `Tree.set_attributes`, but the mtime of uncommitted writes waits for their commit."""
         session = inode.session
         if session is not None and session.copy.is_dirty and change.mtime_ns is not None:
             session.copy.mtime_ns = change.mtime_ns
             change = AttributeChange(change.permissions, change.uid, change.gid, change.atime_ns)
-        if not inode.is_current and not inode.handles:
-            raise StaleHandle(inode.id)
+        if not inode.handles:
+            self.look_again_once(inode, caller)
         if self._namespace.mirror.inode(inode.ino) is None:
-            return  # unlinked: nobody can see its attributes but through open handles
+            # Unlinked: nobody can see its attributes but through the handles of this node.
+            inode.record = changed_attributes(inode.record, change, time.time_ns())
+            return
         await self._tree.set_attributes(inode, change)
+        self._cache.changed_through(inode)
 
     async def close_all(self) -> None:
         """The mount is gone: commit what is left, and let go of every lease."""

@@ -62,7 +62,8 @@ class KernelCache:
     def _is_foreign_commit(inode: KernelInode, change: InodeChanged) -> bool:
         """Whether this node committed contents, but through another kernel inode than this one."""
         assert change.new is not None
-        return inode.session is None and change.new.version != inode.record.version
+        has_written = inode.session is not None and inode.session.has_lease
+        return not has_written and change.new.version != inode.record.version
 
     @staticmethod
     def _is_new_view(inode: KernelInode, record: Inode) -> bool:
@@ -70,6 +71,19 @@ class KernelCache:
             # Nobody else can have written; another node's utimens yields to our own writes.
             return record.version != inode.record.version
         return record.view != inode.record.view
+
+    def changed_through(self, inode: KernelInode) -> None:
+        """This node set attributes through a handle of an older view.
+
+        The kernel knows it of that kernel inode only, and must learn it of the current one too.
+        """
+        current = self.inodes.current(inode.ino)
+        if current is None or current is inode:
+            return
+        if current.session is None:
+            self.retire(current)
+        else:
+            self._notifier.forget_attributes(current.id)
 
     def retire(self, inode: KernelInode) -> None:
         """Make lookups of this file's names give another kernel inode."""

@@ -44,10 +44,10 @@ FOR_OTHERS = {
 }
 FOR_OTHERS_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
 # How a modelfs mount is anyhow: set-user-id programs and device files do nothing in it (also if
-# `suid` or `dev` comes with `defaults`), and times of access are not kept.
+# `suid` or `dev` comes with `defaults`), and times of access are kept with `relatime` only.
 GIVEN = {
-    *("nosuid", "nodev", "suid", "dev", "async", "atime", "noatime", "diratime", "nodiratime"),
-    *("relatime", "norelatime", "nostrictatime", "lazytime", "nolazytime", "loud", "silent"),
+    *("nosuid", "nodev", "suid", "dev", "async", "atime", "diratime", "nodiratime"),
+    *("norelatime", "nostrictatime", "lazytime", "nolazytime", "loud", "silent"),
     *("nomand", "noiversion"),
 }
 

@@ -28,6 +28,7 @@ from modelfs.limits import MIB
 from modelfs.mirror import Change, NodeChanged
 from modelfs.policy import Rules
 from modelfsd import identity as identities
+from modelfsd.access_times import AccessTimes
 from modelfsd.bootstrap import Bootstrap, Entered, info_for_strangers
 from modelfsd.chunks import Chunks
 from modelfsd.config import Config
@@ -207,7 +208,8 @@ class Node:
         tree = Tree(namespace, cache)
         self._files = Files(namespace, cache, tree, self._contents, self._writer, start_soon)
         space, xattr = Space(mirror, config.replicas), config.options.xattr
-        self._operations = Operations(mirror, inodes, tree, self._files, space, xattr)
+        times = AccessTimes(namespace, config.options.relatime, start_soon)
+        self._operations = Operations(mirror, inodes, tree, self._files, space, xattr, times)
         self._mount = FuseMount(config, self._operations, notifier)
         endpoint = self._member.client_endpoint if self._member else ""
         grace = config.reclaim_grace_seconds

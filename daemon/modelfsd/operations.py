@@ -20,11 +20,12 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields
 
 from modelfs import xattrs
-from modelfs.changes import AttributeChange
+from modelfs.attributes import AttributeChange
 from modelfs.errors import EntryExists, ModelfsError, NameTooLong, NoSuchEntry, StaleHandle
 from modelfs.inode import Inode
 from modelfs.limits import NAME_BYTES_MAX, SYMLINK_BYTES_MAX
 from modelfs.mirror import Mirror
+from modelfsd.access_times import AccessTimes
 from modelfsd.errnos import errno_of
 from modelfsd.files import Files
 from modelfsd.kernel_inodes import KernelInode, KernelInodes
@@ -98,12 +99,14 @@ class Operations(pyfuse3.Operations):
         files: Files,
         space: Callable[[], tuple[int, int, int]],
         has_xattrs: bool,
+        access_times: AccessTimes,
     ) -> None:
         super().__init__()
         self.requests: Counter[str] = Counter()
         self.complaints = RateLimited(log)
         self._mirror, self._inodes, self._tree, self._files = mirror, inodes, tree, files
         self._space, self._has_xattrs = space, has_xattrs
+        self._access_times = access_times
         self._listings: dict[int, _Listing] = {}
         self._last_listing = 0
 
@@ -122,14 +125,16 @@ class Operations(pyfuse3.Operations):
         entry.st_nlink = self._mirror.link_count(inode.ino, now) if latest else 0
         entry.st_uid, entry.st_gid, entry.st_rdev = now.uid, now.gid, now.rdev
         size, mtime_ns, ctime_ns = view.size, view.mtime_ns, now.ctime_ns
+        stored_bytes = size - view.hole_bytes
         if inode.session is not None:
             copy = inode.session.copy
             size, mtime_ns = copy.size, mtime_ns if copy.mtime_ns is None else copy.mtime_ns
+            stored_bytes = copy.stored_bytes_max
         if now.is_directory and (times := self._mirror.dirtime(inode.ino)) is not None:
             mtime_ns, ctime_ns = times[0], max(times[1], ctime_ns)
         entry.st_size = size
         entry.st_blksize = PREFERRED_IO_BYTES
-        entry.st_blocks = -(-size // BLOCK_BYTES)
+        entry.st_blocks = -(-stored_bytes // BLOCK_BYTES)
         entry.st_atime_ns, entry.st_mtime_ns, entry.st_ctime_ns = now.atime_ns, mtime_ns, ctime_ns
         return entry
 
@@ -159,7 +164,7 @@ class Operations(pyfuse3.Operations):
             mtime_ns=mtime_ns,
         )
         if change != AttributeChange():
-            await self._files.set_attributes(target, change)
+            await self._files.set_attributes(target, change, _caller(ctx))
         return self._attributes(target)
 
     @answers
@@ -220,7 +225,9 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> bytes:
-        return self._inodes[inode].record.target
+        link = self._inodes[inode]
+        self._access_times.note(link)
+        return link.record.target
 
     @answers
     async def link(
@@ -271,6 +278,7 @@ class Operations(pyfuse3.Operations):
         if start_id == 0 and listing.is_begun:  # rewinddir(3) shows the directory as it is now
             listing.entries = await self._tree.list_directory(listing.directory)
         listing.is_begun = True
+        self._access_times.note(listing.directory)
         for position, entry, inode in self._tree.entries_from(listing.entries, start_id):
             attributes = self._attributes(inode)
             is_taken = pyfuse3.readdir_reply(token, entry.name, attributes, position + 1)
@@ -312,6 +320,7 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def read(self, fh: int, off: int, size: int) -> bytes:
+        self._access_times.note(self._files.inode_of(fh))
         return await self._files.read(fh, off, size)  # type: ignore[return-value]  # any buffer will do
 
     @answers

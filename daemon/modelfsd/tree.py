@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modelfs import changes, xattrs
-from modelfs.changes import AttributeChange, Claim
+from modelfs.attributes import AttributeChange
+from modelfs.changes import Claim
 from modelfs.errors import NoSuchEntry, NotDirectory
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode, check_name
@@ -195,9 +196,12 @@ class Tree:
 
     @staticmethod
     def _is_idle(record: Inode, change: AttributeChange) -> bool:
-        """Whether this only repeats the mtime. An explicit chmod or chown must move ctime."""
+        """Whether this only repeats the mtime. An explicit chmod or chown must move ctime.
+
+        Of anything but a file the kernel keeps no times, so there it repeats nothing.
+        """
         if change.permissions is not None or change.uid is not None or change.gid is not None:
             return False
-        if change.atime_ns is not None or record.is_directory:
+        if change.atime_ns is not None or not record.is_file:
             return change == AttributeChange()
         return change.mtime_ns is None or change.mtime_ns == record.mtime_ns

@@ -73,6 +73,14 @@ class WorkingCopy:
         self._path = path
         self._node_name = replicator.chunks.name_of(replicator.chunks.node_id)
 
+    @property
+    def stored_bytes_max(self) -> int:
+        """What the file takes at most: what it took, and each chunk that was written to."""
+        last = stripe.locate(self.base.chunk_bytes, self.size)[0]
+        _, largest = stripe.span(self.base.chunk_bytes, last)
+        changed_bytes = (len(self._staged) + len(self.sealed)) * largest
+        return min(self.size, self.base.size - self.base.hole_bytes + changed_bytes)
+
     # ------------------------------------------------------------ writing
 
     async def write(self, offset: int, data: Buffer) -> list[int]:

@@ -284,6 +284,8 @@ class WriteSession:
                 namespace.keep,
             )
         )
+        if not self.inode.is_current:  # nobody else tells it: reads go on from what it wrote
+            self.inode.record = committed
         await self._remove(copy.rebase(committed))
 
     async def _remove(self, done: StagingDirectory) -> None:
@@ -304,6 +306,7 @@ class WriteSession:
             editor=self._writer.namespace.node_id,
             inline=await copy.inline_contents(INLINE_BYTES_MAX),
             manifest=None,
+            hole_bytes=0,
         )
         if fields.inline is not None:
             return fields
@@ -315,9 +318,10 @@ class WriteSession:
                 await copy.seal(positions[position])
 
         await gather(seal, len(positions))
-        return replace(fields, manifest=ManifestRef.of(await self._store_manifest()))
+        root, hole_bytes = await self._store_manifest()
+        return replace(fields, manifest=ManifestRef.of(root), hole_bytes=hole_bytes)
 
-    async def _store_manifest(self) -> PlacedChunk:
+    async def _store_manifest(self) -> tuple[PlacedChunk, int]:
         copy, contents = self.copy, self._writer.contents
         replicas = copy.base.replicas
         manifest = Manifest.empty(copy.base.chunk_bytes)
@@ -329,7 +333,7 @@ class WriteSession:
             manifest, pages = manifest.changed(size, chunks)
             places = {page: await self._store(data) for page, data in pages.items()}
             manifest = manifest.with_pages_stored(places)
-        return await self._store(manifest.encode())
+        return await self._store(manifest.encode()), manifest.hole_bytes()
 
     async def _store(self, data: bytes) -> PlacedChunk:
         ref, table = await trio.to_thread.run_sync(describe, data)

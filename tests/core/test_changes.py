@@ -19,7 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from msgspec.structs import replace
 
 from modelfs import changes, keys
-from modelfs.changes import AttributeChange, Claim, Plan
+from modelfs.attributes import AttributeChange
+from modelfs.changes import Claim, Plan
 from modelfs.errors import EntryExists, ModelfsError, NamespaceError, NoSuchEntry, WriteLost
 from modelfs.ids import ROOT_INODE, InodeNumber, NodeId, Revision
 from modelfs.inode import Inode, encode

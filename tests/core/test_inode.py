@@ -60,7 +60,7 @@ def test_the_order_of_an_inodes_fields_is_the_format() -> None:
     assert Inode.__struct_fields__ == (
         "mode", "uid", "gid", "atime_ns", "mtime_ns", "ctime_ns", "nlink", "size", "version",
         "touches", "inline", "manifest", "chunk_bytes", "replicas", "editor", "rdev", "target",
-        "xattrs", "policy",
+        "xattrs", "policy", "hole_bytes",
     )  # fmt: skip
 
 

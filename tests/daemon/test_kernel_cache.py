@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from modelfs import changes
-from modelfs.changes import AttributeChange
+from modelfs.attributes import AttributeChange
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
 from modelfsd import notifier

@@ -29,7 +29,7 @@ def test_an_fstab_line_becomes_settings() -> None:
         "replicas": "3",
         "zone": "a",
         "peers": ["n1", "n2:7430"],
-        "options": "rw,noexec,defaults,xattr",
+        "options": "rw,noexec,relatime,defaults,xattr",
     }
     config = load_config(request.mountpoint, request.settings, environ={}, is_root=True)
     assert (config.replicas, config.zone) == (3, "a")

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from modelfs import changes, keys
-from modelfs.changes import AttributeChange
+from modelfs.attributes import AttributeChange
 from modelfs.errors import (
     EntryExists,
     MetadataUnavailable,

@@ -128,6 +128,41 @@ def test_an_open_that_failed_is_no_excuse_for_an_old_version_later(dirs: Dirs) -
         assert (there / "file").read_bytes() == b"newer than %d" % number
 
 
+def test_a_file_that_was_touched_elsewhere_while_it_was_opened_empty_is_written_for_all(
+    dirs: Dirs,
+) -> None:
+    """The touch makes a new kernel inode here, and the write comes through the old one."""
+    (dirs[1] / "file").touch()
+    first = os.open(dirs[0] / "file", os.O_RDWR)
+    os.utime(dirs[1] / "file", ns=(5, 7))
+    wait_until(lambda: (dirs[0] / "file").stat().st_mtime_ns == 7, "the touch to be seen")
+    second = os.open(dirs[0] / "file", os.O_RDWR)
+    os.write(first, b"x" * 5000)
+    os.fsync(first)
+    os.posix_fadvise(first, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert os.pread(first, 5000, 0) == b"x" * 5000
+    assert [(directory / "file").read_bytes() for directory in dirs] == [b"x" * 5000] * 3
+    os.close(first)
+    os.close(second)
+    assert [(directory / "file").read_bytes() for directory in dirs] == [b"x" * 5000] * 3
+
+
+def test_attributes_that_are_set_through_an_old_handle_are_seen_by_all(dirs: Dirs) -> None:
+    (dirs[0] / "file").write_bytes(b"first")
+    with (dirs[0] / "file").open("rb") as old:
+        (dirs[1] / "file").write_bytes(b"second")
+        wait_until(lambda: (dirs[0] / "file").stat().st_size == 6, "the new version")
+        os.fchmod(old.fileno(), 0o600)
+        os.utime(old.fileno(), ns=(3, 3))
+
+    def shown() -> set[tuple[int, int]]:
+        found = [(directory / "file").stat() for directory in dirs]
+        return {(status.st_mode & 0o777, status.st_mtime_ns) for status in found}
+
+    wait_until(lambda: shown() == {(0o600, 3)}, "the mode and the mtime")
+    assert [(directory / "file").read_bytes() for directory in dirs] == [b"second"] * 3
+
+
 def test_known_names_and_attributes_follow_within_an_event(dirs: Dirs) -> None:
     here, there = dirs[0], dirs[1]
     (here / "file").write_bytes(b"x")
