@@ -45,7 +45,11 @@ class Handle:
 
     inode: KernelInode
     session: WriteSession | None
-    opener: int = 0  # the pid that opened it for writing
+
+    def require_session(self) -> WriteSession:
+        """The session of a handle that may be written."""
+        assert self.session is not None, "the kernel refuses writes to read-only handles"
+        return self.session
 
 
 class _SentBack:
@@ -95,7 +99,6 @@ class Files:
         self._contents, self._writer, self._start = contents, writer, run_in_background
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
-        self._just_opened: dict[int, int] = {}  # pid -> its last handle for writing, still unused
         self._sent_opens, self._sent_links = _SentBack(), _SentBack()
 
     def __len__(self) -> int:
@@ -133,11 +136,14 @@ class Files:
                 latest = self._namespace.mirror.inode(inode.ino)
                 size = latest.size if latest is not None else 0
             if size:
-                await session.ensure_lease()
+                await self._take_lease(session, has_looked_again and bool(flags & os.O_TRUNC))
             if must_look_again:
                 session.reserve_lease()
                 raise StaleHandle(inode.id)
             if flags & os.O_TRUNC:
+                # Part of what the handle commits: nobody sees an empty version in between, and a
+                # writer that dies leaves the old one.
+                session.start_over()
                 await session.truncate(0)
         except BaseException as error:
             await session.release()
@@ -148,9 +154,21 @@ class Files:
                     ) from error
                 self._sent_opens.send(caller)
             raise
-        number = self._new_handle(inode, session, caller.pid)
-        self._just_opened[caller.pid] = number
-        return number
+        return self._new_handle(inode, session)
+
+    @staticmethod
+    async def _take_lease(session: WriteSession, may_start_over: bool) -> None:
+        try:
+            await session.ensure_lease()
+        except StaleHandle:
+            if not may_start_over:
+                raise
+            # The kernel has used up its second look, and what is there now goes anyhow.
+            await session.start_over_now()
+
+    def exists_after_all(self, caller: Caller) -> None:
+        """For create: the name was made meanwhile. Send the kernel back, to look and to open."""
+        self._sent_opens.send(caller)
 
     def look_again_once(self, inode: KernelInode, caller: Caller) -> None:
         """For link, chmod and the like: send the kernel back from what is superseded, once.
@@ -166,9 +184,9 @@ class Files:
         self._sent_opens.note_lookup(caller, inode)
         self._sent_links.note_lookup(caller, inode)
 
-    def _new_handle(self, inode: KernelInode, session: WriteSession | None, opener: int = 0) -> int:
+    def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
         self._last_handle += 1
-        self._handles[self._last_handle] = Handle(inode, session, opener)
+        self._handles[self._last_handle] = Handle(inode, session)
         inode.handles += 1
         return self._last_handle
 
@@ -188,13 +206,6 @@ class Files:
         return self._new_handle(inode, session), inode
 
     # ------------------------------------------------------------ using
-
-    def _use(self, number: int) -> Handle:
-        """A handle that is not just opened any more: an O_TRUNC would have come before."""
-        handle = self._handles[number]
-        if self._just_opened.get(handle.opener) == number:
-            del self._just_opened[handle.opener]
-        return handle
 
     def inode_of(self, number: int) -> KernelInode:
         """The inode of a handle."""
@@ -217,21 +228,18 @@ class Files:
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Take bytes; returns how many."""
-        session = self._use(number).session
-        assert session is not None, "the kernel refuses writes to read-only handles"
-        await session.write(offset, data)
+        await self._handles[number].require_session().write(offset, data)
         return len(data)
 
     async def flush(self, number: int) -> None:
         """close() of a descriptor, or fsync(): commit what was written through this file."""
-        session = self._use(number).session
+        session = self._handles[number].session
         if session is not None:
             await session.flush()
 
     async def release(self, number: int) -> None:
         """The last descriptor of a handle is gone."""
-        handle = self._use(number)
-        del self._handles[number]
+        handle = self._handles.pop(number)
         if handle.session is not None:
             await handle.session.release()
         self._cache.inodes.close(handle.inode)
@@ -246,16 +254,7 @@ class Files:
         number: int | None,
         caller: Caller,
     ) -> None:
-        """ftruncate() on a handle, or truncate() by path: then committed at once.
-
-        pyfuse3 leaves O_TRUNC to the kernel, which sends an OPEN and then a SETATTR without a
-        handle. That one belongs to the handle: committed with what is written, never on its own,
-        so that a writer that dies leaves the old version and nobody sees an empty one.
-        """
-        if number is None and size == 0:
-            opened = self._just_opened.pop(caller.pid, None)
-            if opened is not None and self._handles[opened].inode is inode:
-                number = opened
+        """ftruncate() on a handle, or truncate() by path: then committed at once."""
         session = self._handles[number].session if number is not None else None
         if session is not None:
             await session.truncate(size)

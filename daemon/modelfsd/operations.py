@@ -21,7 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 
 from modelfs import xattrs
 from modelfs.attributes import AttributeChange
-from modelfs.errors import EntryExists, ModelfsError, NameTooLong, NoSuchEntry, StaleHandle
+from modelfs.errors import EntryExists, ModelfsError, NameTooLong, NoSuchEntry
 from modelfs.inode import Inode
 from modelfs.limits import NAME_BYTES_MAX, SYMLINK_BYTES_MAX
 from modelfs.mirror import Mirror
@@ -314,7 +314,8 @@ class Operations(pyfuse3.Operations):
         except EntryExists:
             if flags & os.O_EXCL:
                 raise
-            raise StaleHandle(name) from None  # the kernel looks again and sends an OPEN
+            self._files.exists_after_all(_caller(ctx))
+            raise
         info = FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=True)
         return info, self._attributes(inode)
 

@@ -329,6 +329,13 @@ class WorkingCopy:
         self._files = StagingDirectory(self._directory.with_name(name))
         return done
 
+    def start_over(self, latest: Inode) -> None:
+        """Become the latest version, emptied. Nothing may have been written yet."""
+        assert not self.is_dirty and not self._staged and not self.sealed
+        self.base = latest
+        self.size = self._base_limit = self._cut_size = 0
+        self.is_dirty = True
+
     def discard(self) -> None:
         """Remove the staging files. Blocks."""
         self._files.discard()

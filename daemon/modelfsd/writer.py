@@ -18,10 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import trio
-from msgspec.structs import replace
 
 from modelfs import changes
-from modelfs.chunk import Buffer, describe
+from modelfs.chunk import Buffer
 from modelfs.errors import (
     FileTooLarge,
     MetadataUnavailable,
@@ -32,11 +31,9 @@ from modelfs.errors import (
     WriteLost,
 )
 from modelfs.ids import Revision
-from modelfs.inode import Inode, ManifestRef
-from modelfs.limits import FILE_BYTES_MAX, INLINE_BYTES_MAX, MIB
-from modelfs.manifest import Manifest, PlacedChunk
+from modelfs.limits import FILE_BYTES_MAX, MIB
 from modelfsd.budget import ByteBudget
-from modelfsd.contents import Contents, gather
+from modelfsd.contents import Contents
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInode
 from modelfsd.leases import LINGER_SECONDS, RESERVED_SECONDS, Leases
@@ -44,6 +41,7 @@ from modelfsd.namespace import Namespace
 from modelfsd.replicator import Replicator
 from modelfsd.shared_lock import SharedLock
 from modelfsd.staging import StagingDirectory, keep
+from modelfsd.version_store import VersionStore
 from modelfsd.working_copy import WorkingCopy
 
 log = logging.getLogger(__name__)
@@ -71,6 +69,7 @@ class Writer:
         self.staging_dir, self.lost_dir = state_dir / "staging", state_dir / "lost"
         self.start_soon = run_in_background
         self.uploads = ByteBudget(UPLOAD_BYTES)
+        self.versions = VersionStore(contents, replicator, self.uploads, namespace.node_id)
         self.limiter = trio.CapacityLimiter(STAGING_THREADS)
         self._session_count = 0
         self.open_sessions: set[WriteSession] = set()
@@ -131,6 +130,7 @@ class WriteSession:
             str(self),
         )
         self._token: Revision | None = None
+        self._starts_over = False  # opened with O_TRUNC, and nothing written since
         self._is_unlinked = False  # its last name is gone: there is nothing to commit to
         self._leasing = trio.Lock()
         self._gate = SharedLock()  # WRITEs share it, a commit has it alone
@@ -199,8 +199,30 @@ class WriteSession:
         except NoSuchEntry:
             return  # as above
         except StaleHandle:
-            reason = "another node wrote it first"
-            raise WriteLost(self.inode.ino, reason) from None
+            if not self._starts_over:
+                reason = "another node wrote it first"
+                raise WriteLost(self.inode.ino, reason) from None
+            await self.start_over_now()
+
+    def start_over(self) -> None:
+        """The file was opened with O_TRUNC: whatever stands there when its turn comes, goes.
+
+        So of several nodes that open one name with O_TRUNC at the same time, each commits its own
+        contents, one after the other, and the last stands; as if each had opened it in its turn.
+        """
+        self._starts_over = not self.copy.is_dirty and not self.copy.size
+
+    async def start_over_now(self) -> None:
+        """Take the lease of the latest version, and empty it."""
+        async with self._leasing:
+            ino = self.inode.ino
+            token = await self._writer.leases.take(ino, self._lose)
+            latest = self._writer.namespace.mirror.inode(ino)
+            if latest is None:
+                await self._writer.leases.drop(ino, token)
+                raise NoSuchEntry(ino)
+            self.copy.start_over(latest)
+            self._token = token
 
     async def truncate(self, size: int) -> None:
         """Set the size of the working copy."""
@@ -270,7 +292,7 @@ class WriteSession:
         if self._token is None:  # it went while the first write was on its way
             raise WriteLost(copy.ino, "its lease has lapsed")
         token = self._token
-        contents = await self._store_contents()
+        contents = await self._writer.versions.store(copy)
         await self._writer.replicator.sync(copy.placements, copy.base.replicas)
         self._raise_failure()
         committed = await namespace.change(
@@ -286,6 +308,7 @@ class WriteSession:
         )
         if not self.inode.is_current:  # nobody else tells it: reads go on from what it wrote
             self.inode.record = committed
+        self._starts_over = False
         await self._remove(copy.rebase(committed))
 
     async def _remove(self, done: StagingDirectory) -> None:
@@ -294,51 +317,6 @@ class WriteSession:
             await trio.to_thread.run_sync(done.discard)
         except OSError as error:
             log.warning("the staging files of %s were committed and remain: %s", self, error)
-
-    async def _store_contents(self) -> Inode:
-        """Put everything but the inode in place; returns the fields to commit."""
-        copy = self.copy
-        mtime_ns = copy.mtime_ns if copy.mtime_ns is not None else time.time_ns()
-        fields = replace(
-            copy.base,
-            size=copy.size,
-            mtime_ns=mtime_ns,
-            editor=self._writer.namespace.node_id,
-            inline=await copy.inline_contents(INLINE_BYTES_MAX),
-            manifest=None,
-            hole_bytes=0,
-        )
-        if fields.inline is not None:
-            return fields
-        await copy.stage_inline_base()
-        positions = copy.staged_positions()
-
-        async def seal(position: int) -> None:
-            async with self._writer.uploads.holding(copy.staged_bytes_of(positions[position])):
-                await copy.seal(positions[position])
-
-        await gather(seal, len(positions))
-        root, hole_bytes = await self._store_manifest()
-        return replace(fields, manifest=ManifestRef.of(root), hole_bytes=hole_bytes)
-
-    async def _store_manifest(self) -> tuple[PlacedChunk, int]:
-        copy, contents = self.copy, self._writer.contents
-        replicas = copy.base.replicas
-        manifest = Manifest.empty(copy.base.chunk_bytes)
-        if copy.base.manifest is not None:
-            manifest = await contents.manifest(copy.base)
-        for size, chunks in ((min(copy.base_limit, manifest.size), {}), (copy.size, copy.sealed)):
-            for page in manifest.pages_to_change(size, chunks):
-                await contents.load_page(manifest, page, replicas)
-            manifest, pages = manifest.changed(size, chunks)
-            places = {page: await self._store(data) for page, data in pages.items()}
-            manifest = manifest.with_pages_stored(places)
-        return await self._store(manifest.encode()), manifest.hole_bytes()
-
-    async def _store(self, data: bytes) -> PlacedChunk:
-        ref, table = await trio.to_thread.run_sync(describe, data)
-        replicas = self.copy.base.replicas
-        return await self._writer.replicator.put(ref, table, data, replicas, self.copy.placements)
 
     # ------------------------------------------------------------ ending
 

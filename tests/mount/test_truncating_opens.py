@@ -1,0 +1,65 @@
+"""open(path, "w") of one name on several nodes, at once and in turn."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+
+from tests.mount.mount_parts import Dirs
+
+pytestmark = pytest.mark.fuse
+
+ROUNDS = 12
+LARGE = 5_000  # beyond what an inode record holds
+
+
+def test_all_ranks_may_write_the_same_new_file_at_once(dirs: Dirs) -> None:
+    start = Barrier(len(dirs))
+
+    def write(rank: int, name: str) -> None:
+        start.wait()
+        (dirs[rank] / name).write_bytes(bytes([rank + 1]) * LARGE)
+
+    with ThreadPoolExecutor(len(dirs)) as pool:
+        for number in range(ROUNDS):
+            writes = [pool.submit(write, rank, f"config-{number}") for rank in range(len(dirs))]
+            for done in writes:
+                done.result()
+            seen = {(directory / f"config-{number}").read_bytes() for directory in dirs}
+            assert len(seen) == 1, "two nodes see different files"
+            assert seen.pop() in [bytes([rank + 1]) * LARGE for rank in range(len(dirs))]
+
+
+def test_who_truncated_an_empty_file_commits_what_it_wrote_in_its_turn(dirs: Dirs) -> None:
+    first, second = (directory / "turns" for directory in dirs[:2])
+    with open(first, "w") as one, open(second, "w") as two:
+        one.write("one" * LARGE)
+        one.close()
+        assert second.read_text() == "one" * LARGE
+        two.write("two")
+    for directory in dirs:
+        assert (directory / "turns").read_text() == "two"
+
+
+def test_a_rewrite_is_never_seen_empty(dirs: Dirs) -> None:
+    path, elsewhere = dirs[0] / "model", dirs[1] / "model"
+    path.write_bytes(b"old" * LARGE)
+    with open(path, "wb") as rewritten:
+        assert elsewhere.read_bytes() == b"old" * LARGE
+        rewritten.write(b"new" * LARGE)
+        assert elsewhere.read_bytes() == b"old" * LARGE
+    assert elsewhere.read_bytes() == b"new" * LARGE
+
+
+@pytest.mark.expected_logs("another node wrote it first", "cannot be committed")
+def test_who_did_not_truncate_cannot_overwrite_what_came_first(dirs: Dirs) -> None:
+    first, second = (directory / "log" for directory in dirs[:2])
+    first.touch()
+    appending = open(second, "a")  # noqa: SIM115  # closed below, where it must fail
+    appending.write("appended")
+    first.write_text("first")
+    with pytest.raises(OSError, match="Input/output error"):
+        appending.close()
+    assert first.read_text() == second.read_text() == "first"
