@@ -105,7 +105,12 @@ class PeerSession:
         while True:
             self._frame_begun = False
             self._deadline = time.monotonic() + IDLE_SECONDS
-            frame = self.channel.next_frame(self._check_incoming)
+            try:
+                frame = self.channel.next_frame(self._check_incoming)
+            except TimeoutError:
+                if self._is_member and not self._frame_begun:
+                    return  # a spare connection that nobody needed for long
+                raise
             if frame is None:
                 return
             kind = type(frame.message).__name__.lower()
