@@ -100,6 +100,7 @@ class Files:
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
         self._sent_opens, self._sent_links = _SentBack(), _SentBack()
+        self._sent_truncates = _SentBack()
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -183,6 +184,7 @@ class Files:
         """A lookup was answered (None: in vain): remember it for who was sent to look again."""
         self._sent_opens.note_lookup(caller, inode)
         self._sent_links.note_lookup(caller, inode)
+        self._sent_truncates.note_lookup(caller, inode)
 
     def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
         self._last_handle += 1
@@ -263,6 +265,7 @@ class Files:
                 # The size is as it was, so nothing will be committed: the time goes on its own.
                 await self.set_attributes(inode, AttributeChange(mtime_ns=mtime_ns), caller)
             return
+        has_looked_again = self._sent_truncates.is_back(caller, inode)
         await self._namespace.fresh()
         session = self._writer.session_of(inode)
         try:
@@ -270,6 +273,10 @@ class Files:
             await session.truncate(size)
             session.copy.mtime_ns = mtime_ns
             await session.flush()
+        except StaleHandle as error:
+            if has_looked_again:  # the kernel would tell the application ESTALE
+                raise WriterElsewhere(f"inode {inode.ino} was written twice meanwhile") from error
+            self._sent_truncates.send(caller)
         finally:
             await session.release()
 

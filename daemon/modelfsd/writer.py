@@ -358,7 +358,7 @@ class WriteSession:
             raise WriteLost(self.inode.ino, str(self.failure)) from self.failure
 
     def _poison(self, failure: ModelfsError | OSError) -> None:
-        """Nothing of this session may be committed any more; keep its bytes."""
+        """Nothing of it may be committed any more; keep its bytes."""
         if self.failure is not None:
             return
         self.failure = failure
