@@ -288,7 +288,7 @@ class Files:
         if session is not None and session.copy.is_dirty and change.mtime_ns is not None:
             session.copy.mtime_ns = change.mtime_ns
             change = AttributeChange(change.permissions, change.uid, change.gid, change.atime_ns)
-        if not inode.handles:
+        if inode.record.is_file and not inode.handles:
             self.look_again_once(inode, caller)
         if self._namespace.mirror.inode(inode.ino) is None:
             # Unlinked: nobody can see its attributes but through the handles of this node.

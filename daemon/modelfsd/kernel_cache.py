@@ -8,6 +8,8 @@ something else by now is caught by the guard.
 
 from __future__ import annotations
 
+import stat
+
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
 from modelfs.mirror import Change, DirectoryTouched, InodeChanged, Mirror, NameChanged
@@ -40,11 +42,34 @@ class KernelCache:
 
     def _on_name(self, change: NameChanged) -> None:
         # A new name needs nothing: the kernel never caches that a name is missing.
-        if change.old is None or self._namespace.is_own(change.origin):
+        if change.old is None:
             return
-        self._forget_name(change.parent, change.name, change.old)
+        is_own = self._namespace.is_own(change.origin)
+        # Where a directory has several kernel inodes, ours changed the names of one of them.
+        if not is_own or len(self.inodes.all_of(change.parent)) > 1:
+            self._forget_name(change.parent, change.name, change.old)
+        if not is_own and self._mirror.parent_of(change.old) != change.parent:
+            self._retire_directories(change.old)
+
+    def _retire_directories(self, top: InodeNumber) -> None:
+        """A directory was moved to another parent: new kernel inodes for it and those below it.
+
+        The kernel knows a directory only if it knows the one above, so the walk is no longer than
+        what it knows.
+        """
+        waiting = [top]
+        while waiting:
+            ino = waiting.pop()
+            known = self.inodes.all_of(ino)
+            if not known or not known[-1].record.is_directory:
+                continue
+            if known[-1].is_current:
+                self.inodes.retire(known[-1])
+            children = self._mirror.children.get(ino, {}).values()
+            waiting.extend(child.ino for child in children if stat.S_ISDIR(child.kind))
 
     def _on_inode(self, change: InodeChanged) -> None:
+        self._on_older_directory(change)
         inode = self.inodes.current(change.ino)
         if inode is None:
             return
@@ -57,6 +82,15 @@ class KernelCache:
         else:
             inode.record = change.new
             self._notifier.forget_attributes(inode.id)
+
+    def _on_older_directory(self, change: InodeChanged) -> None:
+        """The older kernel inodes of a directory show it as it is now, unlike those of a file."""
+        if change.new is None or not change.new.is_directory:
+            return
+        for inode in self.inodes.all_of(change.ino):
+            if not inode.is_current:
+                inode.record = change.new
+                self._notifier.forget_attributes(inode.id)
 
     @staticmethod
     def _is_foreign_commit(inode: KernelInode, change: InodeChanged) -> bool:
@@ -92,16 +126,16 @@ class KernelCache:
         self.inodes.retire(inode)
 
     def _on_directory(self, change: DirectoryTouched) -> None:
-        inode = self.inodes.current(change.ino)
-        if inode is not None and not self._namespace.is_own(change.origin):
-            self._notifier.forget_attributes(inode.id)
+        known = self.inodes.all_of(change.ino)
+        if len(known) > 1 or not self._namespace.is_own(change.origin):
+            for inode in known:
+                self._notifier.forget_attributes(inode.id)
 
     def _forget_name(self, parent: InodeNumber, name: bytes, old: InodeNumber) -> None:
-        directory = self.inodes.current(parent)
-        if directory is None:
-            return  # the kernel does not know the directory, hence no name in it
-        self.guard.raise_for(old)
-        self._notifier.forget_name(directory.id, name, lambda: self.guard.lower_for(old))
+        # A directory that the kernel does not know has no name that it knows.
+        for directory in self.inodes.all_of(parent):
+            self.guard.raise_for(old)
+            self._notifier.forget_name(directory.id, name, lambda: self.guard.lower_for(old))
 
     def must_look_again(self, inode: KernelInode) -> bool:
         """Whether an OPEN may have come here along a name that means something else by now."""

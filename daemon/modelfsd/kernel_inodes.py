@@ -3,8 +3,14 @@
 The rule (modelfs/DESIGN.md, "One kernel inode for each view"): a file that another node commits
 gets a new kernel inode here, so that the pages, size and mtime that the kernel caches are right
 for ever, and an open handle keeps the version that it opened. On the node that writes, the kernel
-inode stays, since the kernel made the change itself. Directories, symlinks and special files have
-one kernel inode for life.
+inode stays, since the kernel made the change itself. Symlinks and special files have one kernel
+inode for life.
+
+A directory gets a new one when another node moves it to another parent, and so do the directories
+below it. Linux allows a directory's kernel inode one place only: as long as anybody here still
+uses the old one, a lookup at the new one fails with ESTALE or ELOOP whenever the locks to move it
+cannot be had at once (`d_splice_alias`), and within rename(2) they never can. Who is inside stays
+in the old kernel inode, which serves the same directory.
 
 A kernel id is the inode number with the low 24 bits of the view at its first sight (so st_ino
 outlives a remount), or the next free one if the kernel still holds that id for something else.
@@ -58,7 +64,7 @@ class KernelInodes:
     def __init__(self, root: Inode) -> None:
         self._by_id: dict[KernelId, KernelInode] = {}
         self._current: dict[InodeNumber, KernelInode] = {}
-        self.outdated: set[KernelInode] = set()  # no longer current, and still referred to
+        self._older: dict[InodeNumber, set[KernelInode]] = {}  # not current, still referred to
         self.show(ROOT_INODE, root)
 
     def __len__(self) -> int:
@@ -77,6 +83,21 @@ class KernelInodes:
         """The kernel inode that shows the latest view of an inode, if the kernel knows one."""
         return self._current.get(ino)
 
+    @property
+    def outdated(self) -> list[KernelInode]:
+        """Those that are no longer current, and are still referred to."""
+        return [inode for older in self._older.values() for inode in older]
+
+    @property
+    def has_outdated(self) -> bool:
+        """Whether there are any."""
+        return bool(self._older)
+
+    def all_of(self, ino: InodeNumber) -> list[KernelInode]:
+        """All kernel inodes of an inode: the current one last."""
+        current = self._current.get(ino)
+        return [*self._older.get(ino, ()), *([current] if current else ())]
+
     def show(self, ino: InodeNumber, record: Inode) -> KernelInode:
         """The kernel inode for the latest view of an inode, made if need be. Counts no lookup."""
         inode = self._current.get(ino)
@@ -91,7 +112,7 @@ class KernelInodes:
         inode.is_current = False
         if self._current.get(inode.ino) is inode:
             del self._current[inode.ino]
-        self.outdated.add(inode)
+        self._older.setdefault(inode.ino, set()).add(inode)
         self.drop_if_unused(inode)
 
     def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
@@ -116,7 +137,10 @@ class KernelInodes:
         if inode.lookups or inode.handles or inode.session or inode.id == ROOT_KERNEL_ID:
             return
         self._by_id.pop(inode.id, None)
-        self.outdated.discard(inode)
+        older = self._older.get(inode.ino, set())
+        older.discard(inode)
+        if not older:
+            self._older.pop(inode.ino, None)
         if self._current.get(inode.ino) is inode:
             del self._current[inode.ino]
 

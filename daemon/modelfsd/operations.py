@@ -78,11 +78,10 @@ def _caller(ctx: RequestContext) -> Caller:
 
 @dataclass(slots=True)
 class _Listing:
-    """An open directory."""
+    """An open directory; its entries are those at the first readdir, or the last rewinddir."""
 
     directory: KernelInode
-    entries: list[DirectoryEntry]
-    is_begun: bool = False
+    entries: list[DirectoryEntry] | None = None
 
 
 class Operations(pyfuse3.Operations):
@@ -267,19 +266,22 @@ class Operations(pyfuse3.Operations):
     @answers
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> int:
         directory = self._inodes[inode]
-        entries = await self._tree.list_directory(directory)
+        await self._tree.open_directory(directory)
         self._last_listing += 1
-        self._listings[self._last_listing] = _Listing(directory, entries)
+        self._listings[self._last_listing] = _Listing(directory)
         return self._last_listing
 
     @answers
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         listing = self._listings[fh]
-        if start_id == 0 and listing.is_begun:  # rewinddir(3) shows the directory as it is now
-            listing.entries = await self._tree.list_directory(listing.directory)
-        listing.is_begun = True
+        entries = listing.entries
+        if entries is not None and start_id == 0:  # rewinddir(3) shows the directory as it is now
+            await self._tree.open_directory(listing.directory)
+            entries = None
+        if entries is None:
+            entries = listing.entries = self._tree.list_directory(listing.directory)
         self._access_times.note(listing.directory)
-        for position, entry, inode in self._tree.entries_from(listing.entries, start_id):
+        for position, entry, inode in self._tree.entries_from(entries, start_id):
             attributes = self._attributes(inode)
             is_taken = pyfuse3.readdir_reply(token, entry.name, attributes, position + 1)
             if is_taken and entry.name not in (b".", b".."):

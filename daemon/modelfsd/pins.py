@@ -49,7 +49,7 @@ class PinKeeper:
         """Take what the feed announces, after `KernelCache` has."""
         for change in changes:
             if isinstance(change, InodeChanged):
-                is_news = bool(self._inodes.outdated)
+                is_news = self._inodes.has_outdated
             else:
                 is_news = isinstance(change, PinChanged) and change.node == self._namespace.node_id
             if is_news:
@@ -80,7 +80,7 @@ class PinKeeper:
             except ModelfsError as error:
                 self._quiet.warning("pins", "open versions cannot be pinned now: %s", error)
             await trio.sleep(PAUSE_SECONDS)
-            is_idle = not self._inodes.outdated and not self._present()
+            is_idle = not self._inodes.has_outdated and not self._present()
             with trio.move_on_after(float("inf") if is_idle else LOOK_AGAIN_SECONDS):
                 await self._news.wait()
 

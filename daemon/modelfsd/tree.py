@@ -75,11 +75,14 @@ class Tree:
         inode.lookups += 1
         return inode
 
-    async def list_directory(self, directory: KernelInode) -> list[DirectoryEntry]:
-        """A snapshot of a directory: ".", "..", then its names in the order they were made."""
+    async def open_directory(self, directory: KernelInode) -> None:
+        """Make sure that what is listed from now on is the latest."""
         await self._namespace.fresh()
         if not directory.record.is_directory:
             raise NotDirectory(directory.ino)
+
+    def list_directory(self, directory: KernelInode) -> list[DirectoryEntry]:
+        """A snapshot of a directory: ".", "..", then its names in the order they were made."""
         above = self._mirror.parent_of(directory.ino) or ROOT_INODE
         entries = [DirectoryEntry(b".", directory.ino), DirectoryEntry(b"..", above)]
         names = self._mirror.children.get(directory.ino, {})

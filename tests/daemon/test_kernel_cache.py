@@ -151,3 +151,44 @@ async def test_the_writer_keeps_its_inode_through_its_own_commits(tmp_path: Path
         await one.feed.fresh()
         assert session.inode.is_current
         await session.release()
+
+
+async def test_a_directory_moved_elsewhere_is_a_new_kernel_inode_and_so_is_what_is_below(
+    tmp_path: Path,
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        old, new = [await make_directory(two, ROOT_INODE, name) for name in (b"old", b"new")]
+        top = await make_directory(two, old, b"top")
+        below = await make_directory(two, top, b"below")
+        await one.feed.fresh()
+        inside = {}
+        for ino in (old, new, top, below):
+            inside[ino] = one.inodes.show(ino, one.namespace.require(ino))
+            inside[ino].lookups += 1
+        await two.namespace.change(
+            lambda m: changes.rename(m, (old, b"top"), (new, b"top"), False, 2)
+        )
+        await one.feed.fresh()
+        assert [inside[ino].is_current for ino in (old, new, top, below)] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        shown = one.inodes.show(top, one.namespace.require(top))
+        shown.lookups += 1
+        assert shown.id != inside[top].id and one.inodes.all_of(top) == [inside[top], shown]
+        # Names of this directory are forgotten in both, whoever changed them.
+        for node, name in ((two, b"theirs"), (one, b"ours")):
+            await make_directory(node, top, name)
+            one.notifier.names.clear()
+            await node.namespace.change(lambda m: changes.remove(m, top, name, True, 2))  # noqa: B023
+            await one.feed.fresh()
+            assert {(inside[top].id, name), (shown.id, name)} <= set(one.notifier.names)
+        # What is not moved to another parent stays what it is.
+        await two.namespace.change(
+            lambda m: changes.rename(m, (new, b"top"), (new, b"other"), False, 2)
+        )
+        await one.feed.fresh()
+        assert shown.is_current

@@ -6,6 +6,7 @@ import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,48 @@ def test_of_many_exclusive_links_exactly_one_wins(dirs: Dirs) -> None:
         for _ in range(10):
             assert sum(pool.map(link, range(3))) == 1
             (dirs[0] / "lock").unlink()
+
+
+def test_a_directory_that_is_in_use_here_can_be_moved_elsewhere_and_then_here(dirs: Dirs) -> None:
+    """Linux has one place for a directory's kernel inode, and cannot move it within rename(2)."""
+    for name in ("a", "b", "c", "a/moved", "a/moved/below"):
+        (dirs[0] / name).mkdir()
+    (dirs[0] / "a/moved/below/file").write_bytes(b"old")
+    inside = os.open(dirs[0] / "a/moved/below", os.O_RDONLY | os.O_DIRECTORY)
+    above = os.open(dirs[0] / "a/moved", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for _ in range(3):
+            (dirs[1] / "a/moved").rename(dirs[1] / "b/moved")
+            (dirs[0] / "b/moved").rename(dirs[0] / "c/moved")  # looked up within rename
+            (dirs[1] / "c/moved/below").rename(dirs[1] / "a/below")
+            (dirs[1] / "c/moved").rename(dirs[1] / "a/moved")
+            (dirs[0] / "a/below").rename(dirs[0] / "a/moved/below")
+        # Who is inside stays there, and sees what others do.
+        (dirs[1] / "a/moved/below/file").write_bytes(b"new")
+        for name in ("file", "theirs", "mine"):
+            (dirs[1] / "a/moved/below" / f"{name}-2").write_bytes(b"2")
+        descriptor = os.open("file", os.O_RDONLY, dir_fd=inside)
+        assert os.read(descriptor, 9) == b"new"
+        os.close(descriptor)
+        os.unlink("theirs-2", dir_fd=inside)
+        os.mkdir("made", dir_fd=inside)
+        assert set(os.listdir(inside)) == {"file", "file-2", "mine-2", "made"}
+        for directory in dirs:
+            below = directory / "a/moved/below"
+            wait_until(partial(_is_gone, below / "theirs-2"), "one directory", 5)
+            assert sorted(os.listdir(below)) == ["file", "file-2", "made", "mine-2"]
+        (dirs[0] / "a/moved/below/mine-2").unlink()
+        wait_until(lambda: not os.access("mine-2", os.F_OK, dir_fd=inside), "the event", 5)
+        os.chmod(".", 0o711, dir_fd=inside)
+        assert (dirs[0] / "a/moved/below").stat().st_mode & 0o777 == 0o711
+        assert os.fstat(inside).st_mode & 0o777 == 0o711
+    finally:
+        os.close(inside)
+        os.close(above)
+
+
+def _is_gone(path: Path) -> bool:
+    return not path.exists()
 
 
 CHANGE_THE_TREE = """
