@@ -1,8 +1,7 @@
 """One watch: a stream of changes from one etcd member, on a connection of its own.
 
-gRPC's streams block, so one thread reads the responses into a bounded queue, and the trio side
-takes all that have arrived as one batch. A full queue stops the thread, and with it, by HTTP/2's
-flow control, the member: nothing is ever dropped.
+Whoever iterates reads the socket, and takes all that has arrived as one batch. Nobody who reads
+stops the member by TCP's flow control: nothing is ever dropped, nothing piles up.
 
 Rules
 
@@ -13,18 +12,14 @@ Rules
   `PROBE_SECONDS` without news we ask for the watch's progress, and after `SILENCE_SECONDS`
   without any response the watch is lost. The revision in a progress response is not used: before
   3.4.25 and 3.5.8 it could run ahead of events not yet sent (etcd issue 15220).
-- Leaving the context manager ends the call, waits for the thread and closes the connection.
+- Leaving the context manager closes the connection.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from types import TracebackType
-from typing import Any
 
 import trio
 
@@ -32,15 +27,14 @@ from modelfs.errors import HistoryCompacted, MetadataUnavailable
 from modelfs.ids import Revision
 from modelfs.ports import Event, WatchBatch
 from modelfsd import etcd_rpc_pb2 as rpc
-from modelfsd.etcd_channel import HAS_LEADER, EtcdChannels, error_text
+from modelfsd.etcd_channel import RESPONSE_BYTES_MAX, EtcdChannels
+from modelfsd.etcd_connection import CallFailed, EtcdConnection
 
 PROBE_SECONDS = 1.5
 SILENCE_SECONDS = 5.0
-RESPONSES_MAX = 32  # waiting to be taken; at most 2 MiB each, and mostly one small revision
-CLOSE_SECONDS = 5.0  # how long a cancelled call may take to end its thread
 
 _WATCH = "/etcdserverpb.Watch/Watch"
-_PROGRESS = rpc.WatchRequest(progress_request=rpc.WatchProgressRequest())
+_PROGRESS = rpc.WatchRequest(progress_request=rpc.WatchProgressRequest()).SerializeToString()
 
 assert 2 * PROBE_SECONDS < SILENCE_SECONDS
 
@@ -62,34 +56,27 @@ class EtcdWatch:
         assert start > 0
         self._channels, self._strip = channels, strip
         self._endpoint = channels.watched
-        self._requests: queue.SimpleQueue[rpc.WatchRequest | None] = queue.SimpleQueue()
-        self._requests.put(
-            rpc.WatchRequest(
-                create_request=rpc.WatchCreateRequest(
-                    key=key, range_end=range_end, start_revision=start, fragment=True
-                )
+        self._request = rpc.WatchRequest(
+            create_request=rpc.WatchCreateRequest(
+                key=key, range_end=range_end, start_revision=start, fragment=True
             )
         )
-        # Shared with the thread; deque and semaphore are safe for that.
-        self._arrived: deque[rpc.WatchResponse | Exception] = deque()
-        self._slots = threading.Semaphore(RESPONSES_MAX)
-        self._is_closing = False
-        self._news = trio.Event()
-        self._thread_ended = trio.Event()
+        self._connection: EtcdConnection | None = None
+        self._call = 0
+        self._arrived: deque[rpc.WatchResponse] = deque()
         self._kept_back: list[Event] = []  # of a revision whose end has not come yet
         self._last_revision = start - 1  # of the last batch that was handed out
         self._failure: Exception | None = None
 
     async def __aenter__(self) -> EtcdWatch:
-        self._token = trio.lowlevel.current_trio_token()
-        self._channel = self._channels.open_channel(self._endpoint)
-        stream = self._channel.stream_stream(
-            _WATCH,
-            request_serializer=rpc.WatchRequest.SerializeToString,
-            response_deserializer=rpc.WatchResponse.FromString,
-        )
-        self._call: Any = stream(iter(self._requests.get, None), metadata=HAS_LEADER)
-        threading.Thread(target=self._receive, name="etcd-watch", daemon=True).start()
+        try:
+            self._connection = await self._channels.connect(self._endpoint)
+        except CallFailed as failure:  # the iterator says so, as of every other failure
+            self._fail(f"the watch on {self._endpoint} broke: {failure}")
+            return self
+        headers = self._channels.headers(self._endpoint, _WATCH, True)
+        request = self._request.SerializeToString()
+        self._call = self._connection.begin(headers, request, RESPONSE_BYTES_MAX, ends=False)
         return self
 
     async def __aexit__(
@@ -98,13 +85,9 @@ class EtcdWatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._is_closing = True
-        self._requests.put(None)  # ends gRPC's own thread, which reads the requests
-        self._call.cancel()
-        self._slots.release()
-        with trio.CancelScope(shield=True), trio.move_on_after(CLOSE_SECONDS):
-            await self._thread_ended.wait()
-        self._channel.close()
+        if self._connection is not None:
+            self._connection.end(self._call)
+            self._connection.close()
 
     def __aiter__(self) -> EtcdWatch:
         return self
@@ -112,77 +95,47 @@ class EtcdWatch:
     async def __anext__(self) -> WatchBatch:
         if self._failure is not None:
             raise self._failure
-        try:
-            await trio.lowlevel.checkpoint()
-            while True:
-                events = self._take()
-                if events:
-                    return self._batch(events)
-                await self._wait_for_news()
-        except (HistoryCompacted, MetadataUnavailable) as failure:
-            self._failure = failure
-            if isinstance(failure, MetadataUnavailable):
-                self._channels.note_lost_watch(self._endpoint)
-            raise
+        await trio.lowlevel.checkpoint()
+        while True:
+            events = self._take()
+            if events:
+                return self._batch(events)
+            if self._failure is not None:
+                raise self._failure
+            await self._wait_for_news()
 
-    # ---------------------------------------------------------------- on gRPC's side
-
-    def _receive(self) -> None:
-        """The thread: responses, and at last the error that ended the stream, into the queue."""
-        try:
-            for response in self._call:
-                self._slots.acquire()
-                if self._is_closing:
-                    break
-                self._arrived.append(response)
-                self._wake(self._has_news)
-            else:
-                self._arrived.append(MetadataUnavailable(f"{self._endpoint} ended the watch"))
-        except Exception as error:  # gRPC's, and whatever else: the iterator raises it
-            text = f"the watch on {self._endpoint} broke: {error_text(error)}"
-            self._arrived.append(MetadataUnavailable(text))
-        self._wake(self._has_news)
-        self._wake(self._thread_ended.set)
-
-    def _wake(self, function: Callable[[], None]) -> None:
-        with suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(function)
-
-    # ---------------------------------------------------------------- on trio's side
-
-    def _has_news(self) -> None:
-        self._news.set()
+    def _fail(self, why: str) -> None:
+        self._failure = MetadataUnavailable(why)
+        self._channels.note_lost_watch(self._endpoint)
 
     async def _wait_for_news(self) -> None:
-        """Return when something has arrived; probe a silent stream, then give it up."""
+        """Return when something has arrived, or the watch has failed; probe a silent stream."""
+        assert self._connection is not None
         deadline = trio.current_time() + SILENCE_SECONDS
-        while not self._arrived:
-            self._news = trio.Event()
-            if self._arrived:  # it came before the new event was in place
-                return
-            if trio.current_time() >= deadline:
-                raise MetadataUnavailable(
-                    f"{self._endpoint} has sent nothing on a watch for {SILENCE_SECONDS} s"
-                )
-            with trio.move_on_after(PROBE_SECONDS) as patience:
-                await self._news.wait()
-            if patience.cancelled_caught:
-                self._requests.put(_PROGRESS)
+        try:
+            while trio.current_time() < deadline:
+                with trio.move_on_after(PROBE_SECONDS):
+                    messages = await self._connection.messages(self._call)
+                    self._arrived.extend(map(rpc.WatchResponse.FromString, messages))
+                    return
+                with trio.move_on_at(deadline):
+                    await self._connection.send(self._call, _PROGRESS)
+            self._fail(f"{self._endpoint} has sent nothing on a watch for {SILENCE_SECONDS} s")
+        except CallFailed as failure:
+            self._fail(f"the watch on {self._endpoint} broke: {failure}")
 
     def _take(self) -> list[Event]:
         """The events of all whole revisions that have arrived, maybe none. Never waits."""
         events: list[Event] = []
-        for _ in range(min(len(self._arrived), RESPONSES_MAX)):
-            response = self._arrived[0]
-            failure = _failure(self._endpoint, response)
-            if failure is not None:
-                if events:
-                    break  # first hand out what came before it; it stays in the queue
-                raise failure
-            assert isinstance(response, rpc.WatchResponse)
-            self._arrived.popleft()
-            self._slots.release()
-            events += self._whole_revisions(response)
+        while self._arrived and self._failure is None:
+            response = self._arrived.popleft()
+            if response.compact_revision:  # raised after what came before it
+                self._failure = HistoryCompacted(response.compact_revision)
+            elif response.canceled:
+                reason = response.cancel_reason or "no reason given"
+                self._fail(f"{self._endpoint} cancelled a watch: {reason}")
+            else:
+                events += self._whole_revisions(response)
         return events
 
     def _whole_revisions(self, response: rpc.WatchResponse) -> list[Event]:
@@ -206,18 +159,8 @@ class EtcdWatch:
 
     def _batch(self, events: list[Event]) -> WatchBatch:
         if events[0].mod_revision <= self._last_revision:
-            raise MetadataUnavailable(f"{self._endpoint} sent a watch's events twice")
+            self._fail(f"{self._endpoint} sent a watch's events twice")
+            assert self._failure is not None
+            raise self._failure
         self._last_revision = events[-1].mod_revision
         return WatchBatch(Revision(self._last_revision), tuple(events))
-
-
-def _failure(endpoint: str, response: rpc.WatchResponse | Exception) -> Exception | None:
-    """Why this response ends the watch, if it does."""
-    if isinstance(response, Exception):
-        return response
-    if response.compact_revision:
-        return HistoryCompacted(response.compact_revision)
-    if response.canceled:
-        reason = response.cancel_reason or "no reason given"
-        return MetadataUnavailable(f"{endpoint} cancelled a watch: {reason}")
-    return None

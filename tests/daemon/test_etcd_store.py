@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-import grpc  # type: ignore[import-untyped]
 import pytest
 import trio
 
@@ -20,6 +19,7 @@ from modelfs.testing.contract_metadata import collect, put
 from modelfsd import etcd, etcd_channel, etcd_process
 from modelfsd.etcd import EtcdStore
 from modelfsd.etcd_channel import Fate, judge
+from modelfsd.etcd_http2 import Status
 from modelfsd.etcd_member import EtcdMember
 
 HANG_SECONDS = 120  # a guard only
@@ -217,11 +217,7 @@ def test_without_a_quorum_writes_fail_and_do_not_hang(tmp_path: Path) -> None:
 def test_a_page_that_is_too_large_is_asked_for_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [
-        (name, 64 << 10 if name == "grpc.max_receive_message_length" else value)
-        for name, value in etcd_channel.CHANNEL_OPTIONS
-    ]
-    monkeypatch.setattr(etcd_channel, "CHANNEL_OPTIONS", options)
+    monkeypatch.setattr(etcd_channel, "RESPONSE_BYTES_MAX", 64 << 10)
 
     async def main() -> None:
         async with cluster(tmp_path, 1) as (_, store):
@@ -296,15 +292,16 @@ def test_a_cancelled_call_leaves_nothing_behind(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "text", "fate"),
     [
-        ("UNAVAILABLE", "failed to connect to all addresses; last error: refused", Fate.UNSENT),
+        ("UNAVAILABLE", "failed to connect to 127.0.0.1:2379: refused", Fate.UNSENT),
         ("UNAVAILABLE", "etcdserver: no leader", Fate.UNSENT),
         ("UNKNOWN", "raft proposal dropped", Fate.UNSENT),
         ("UNAVAILABLE", "etcdserver: request timed out", Fate.UNKNOWN),
         ("UNAVAILABLE", "etcdserver: leader changed", Fate.UNKNOWN),
         ("UNAVAILABLE", "etcdserver: server stopped", Fate.UNKNOWN),
-        ("UNAVAILABLE", "Socket closed", Fate.UNKNOWN),
+        ("UNAVAILABLE", "the member closed the connection", Fate.UNKNOWN),
+        ("UNAVAILABLE", "the member did not take the request", Fate.UNSENT),
         ("DEADLINE_EXCEEDED", "Deadline Exceeded", Fate.UNKNOWN),
-        ("CANCELLED", "Channel closed!", Fate.UNKNOWN),
+        ("UNAVAILABLE", "the connection was closed", Fate.UNKNOWN),
         ("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (9 vs. 8)", Fate.UNKNOWN),
         ("RESOURCE_EXHAUSTED", "etcdserver: mvcc: database space exceeded", Fate.REFUSED),
         ("RESOURCE_EXHAUSTED", "etcdserver: too many requests", Fate.UNSENT),
@@ -313,4 +310,4 @@ def test_a_cancelled_call_leaves_nothing_behind(tmp_path: Path) -> None:
     ],
 )
 def test_only_what_is_surely_not_done_counts_as_not_done(code: str, text: str, fate: Fate) -> None:
-    assert judge(grpc.StatusCode[code], text) is fate
+    assert judge(Status[code], text) is fate
