@@ -25,11 +25,13 @@ from modelfsd.control import call
 from modelfsd.lab import lab_app
 from modelfsd.registry import Entry, Registry
 from modelfsd.sdnotify import Notifier
+from modelfsd.units import format_size
 from modelfsd.unmounting import unmount_command
 
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 20.0
+DROP_SECONDS = 120.0  # the kernel writes dirty pages back before it drops them
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
@@ -41,6 +43,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(lab_app, name="lab")
+cache_app = typer.Typer(help="What this node keeps of other nodes' files.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:
@@ -336,6 +340,18 @@ def recover(
     print(json.dumps(recovered.as_json(), indent=2) if as_json else recovered.text())
     if recovered.missing:
         raise SystemExit(EXIT_FAILURE)
+
+
+@cache_app.command("drop")
+def cache_drop(
+    mountpoint: Annotated[
+        str | None, typer.Argument(help="Which, if several nodes run here.")
+    ] = None,
+) -> None:
+    """Empty a node's caches: cached chunks, chunks in memory, the kernel's pages of its files."""
+    freed = call(choose_daemon(Registry(), None, mountpoint), "drop", DROP_SECONDS)
+    disk, memory = format_size(freed["disk_bytes"]), format_size(freed["memory_bytes"])
+    print(f"dropped {disk} on disk, {memory} in memory, the pages of {freed['files']} files")
 
 
 def main() -> None:

@@ -51,6 +51,11 @@ class Contents:
         """How much memory the chunk buffers hold."""
         return self._buffers.used_bytes
 
+    def drop(self) -> int:
+        """Forget manifests and chunks that are at hand; returns how many bytes that frees."""
+        self._manifests.clear()
+        return self._buffers.drop()
+
     # ------------------------------------------------------------ manifests
 
     async def manifest(self, record: Inode) -> Manifest:
@@ -201,6 +206,12 @@ class ChunkBuffers:
         """Whether a fetch can begin without waiting for another to end."""
         fetching_bytes = self._budget.used_bytes - self._held_bytes
         return fetching_bytes + size <= self._budget.total_bytes
+
+    def drop(self) -> int:
+        """Let go of every buffer that is held; returns how many bytes they had."""
+        freed = self._held_bytes
+        self._make_room(self._budget.total_bytes)
+        return freed
 
     async def fetch(self, placed: PlacedChunk, replicas: int) -> memoryview:
         """A whole chunk: from here, from a fetch under way, or by a new one."""

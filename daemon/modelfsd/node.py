@@ -24,12 +24,12 @@ import trio
 
 from modelfs.errors import MetadataUnavailable, ModelfsError, UserError
 from modelfs.ids import ROOT_INODE
-from modelfs.limits import MIB
 from modelfs.mirror import Change, NodeChanged
 from modelfs.policy import Rules
 from modelfsd import identity as identities
 from modelfsd.access_times import AccessTimes
 from modelfsd.bootstrap import Bootstrap, Entered, info_for_strangers
+from modelfsd.cache_drop import CacheDrop
 from modelfsd.chunks import Chunks
 from modelfsd.config import Config
 from modelfsd.contents import Contents
@@ -44,6 +44,7 @@ from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInodes
 from modelfsd.leases import Leases
 from modelfsd.membership import Membership, Self
+from modelfsd.memory import read_memory_bytes
 from modelfsd.mount import FuseMount
 from modelfsd.mounts import MountBusy
 from modelfsd.namespace import Namespace
@@ -65,8 +66,6 @@ from modelfsd.writer import Writer
 
 log = logging.getLogger(__name__)
 
-READ_MEMORY_BYTES = 256 * MIB  # chunk buffers of readers; with UPLOAD_BYTES the bulk of our memory
-READ_MEMORY_SHARE = 16  # ... but no more than this part of the machine's memory
 CACHE_SHARE = 10  # of the free space, where --cache-size is not given
 STOP_SECONDS = 60.0  # for the last commits at a stop
 
@@ -177,7 +176,7 @@ class Node:
             self._repairer.report,
             self._nursery.start_soon,
         )
-        self._contents = Contents(self._chunks, _read_memory_bytes(), self._nursery.start_soon)
+        self._contents = Contents(self._chunks, read_memory_bytes(), self._nursery.start_soon)
         self._server = PeerServer(
             self._disk,
             identity.cluster,
@@ -211,6 +210,7 @@ class Node:
         times = AccessTimes(namespace, config.options.relatime, start_soon)
         self._operations = Operations(mirror, inodes, tree, self._files, space, xattr, times)
         self._mount = FuseMount(config, self._operations, notifier)
+        self._drop = CacheDrop(self._disk.drop_cached, self._contents, inodes, notifier)
         endpoint = self._member.client_endpoint if self._member else ""
         grace = config.reclaim_grace_seconds
         node = self._identity.node
@@ -300,6 +300,7 @@ class Node:
             "status": self._status.status,
             "info": self._status.info,
             "counters": self._counters,
+            "drop": self._drop.drop,
             "stop": self._stop,
             "versions": history.versions,
             "restore": history.restore,
@@ -387,11 +388,6 @@ async def _load_namespace(feed: Feed) -> None:
             f"etcd does not answer ({error}), and this node has no copy of the namespace yet: "
             "start the other nodes of the cluster first"
         ) from error
-
-
-def _read_memory_bytes() -> int:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(READ_MEMORY_BYTES, max(memory // READ_MEMORY_SHARE, 64 * MIB))
 
 
 def _cache_bytes(config: Config) -> int:

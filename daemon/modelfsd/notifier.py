@@ -18,6 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 
 import pyfuse3
 
@@ -30,7 +31,16 @@ THREADS = 4
 GRACE_SECONDS = 2.0
 
 Acknowledge = Callable[[], None]
-Entry = tuple[KernelId, bytes | None]  # (parent, name), or (inode, None) for its attributes
+
+
+class Forget(Enum):
+    """What of an inode itself the kernel is to forget."""
+
+    ATTRIBUTES = "attributes"
+    PAGES = "pages"  # its attributes too; dirty pages are written back first
+
+
+Entry = tuple[KernelId, bytes | Forget]  # (parent, name), or an inode and what of it
 
 
 class Notifier:
@@ -55,7 +65,11 @@ class Notifier:
 
     def forget_attributes(self, inode: KernelId) -> None:
         """Make the kernel ask for mode, owner, link count and a directory's times again."""
-        self._workers[inode % THREADS].add((inode, None), None)
+        self._workers[inode % THREADS].add((inode, Forget.ATTRIBUTES), None)
+
+    def forget_pages(self, inode: KernelId, acknowledge: Acknowledge) -> None:
+        """Make the kernel drop what it has cached of a file's contents; then call `acknowledge`."""
+        self._workers[inode % THREADS].add((inode, Forget.PAGES), acknowledge)
 
     @property
     def waiting(self) -> int:
@@ -101,12 +115,13 @@ class _Worker:
                     self._changed.wait()
                 if self._is_stopping:
                     return
-                (inode, name), acknowledges = self._pending.popitem(last=False)
+                (inode, what), acknowledges = self._pending.popitem(last=False)
             try:
-                if name is None:
-                    pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+                if isinstance(what, Forget):
+                    attributes_only = what is Forget.ATTRIBUTES
+                    pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=attributes_only)
                 else:
-                    pyfuse3.invalidate_entry(pyfuse3.InodeT(inode), pyfuse3.FileNameT(name))
+                    pyfuse3.invalidate_entry(pyfuse3.InodeT(inode), pyfuse3.FileNameT(what))
             except OSError as error:
                 # ENOENT: the kernel did not know the name. ENOTCONN, ENODEV: it is unmounting.
                 if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):

@@ -125,6 +125,21 @@ async def test_failed_and_cancelled_reads_give_their_memory_back(
         assert await node.contents.read(record, 0, 10, whole_chunks=True) == data[:10]
 
 
+async def test_what_is_dropped_is_fetched_again(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node, data = await a_remote_file(cluster, rng.randbytes(50 * KIB))
+        record = (await node.look_up(b"f")).record
+        fetches = Fetches(cluster, monkeypatch)
+        for times in (1, 2):
+            assert await node.contents.read(record, 0, 10, whole_chunks=True) == data[:10]
+            assert await node.contents.read(record, 9, 10, whole_chunks=True) == data[9:19]
+            assert set(fetches.count.values()) == {times}
+            assert node.contents.drop() == len(data)
+            assert node.contents.buffered_bytes == 0
+
+
 async def test_a_file_of_many_manifest_pages_is_read_page_by_page(
     tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
