@@ -1,7 +1,9 @@
-"""What chmod, chown and utimens make of a record."""
+"""What chmod, chown and utimens make of a record, and what its mode lets a caller do."""
 
 from __future__ import annotations
 
+import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -30,3 +32,15 @@ def changed_attributes(record: Inode, change: AttributeChange, now_ns: int) -> I
         if value is not None:
             fields[name] = value
     return replace(record, **fields)
+
+
+def may_open(
+    record: Inode, uid: int, groups: Collection[int], wants_read: bool, wants_write: bool
+) -> bool:
+    """Whether a file's mode lets a user with these groups open it, as POSIX says."""
+    if uid == 0:
+        return True
+    in_group = record.gid in groups
+    shift = 6 if uid == record.uid else 3 * in_group
+    wanted = stat.S_IROTH * wants_read | stat.S_IWOTH * wants_write
+    return record.mode >> shift & wanted == wanted

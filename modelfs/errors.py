@@ -5,7 +5,7 @@
     ├── NamespaceError          POSIX says no; nothing is wrong with the cluster
     │   ├── NoSuchEntry · EntryExists · DirectoryNotEmpty · NotDirectory · IsDirectory
     │   ├── NameTooLong · FileTooLarge · InvalidMove · TooManyLinks · NotPermitted
-    │   ├── NoSuchAttribute · AttributesTooLarge · AttributeNotSupported
+    │   ├── AccessDenied · NoSuchAttribute · AttributesTooLarge · AttributeNotSupported
     │   ├── StaleHandle         the name means something newer by now: look it up again
     │   └── WriterElsewhere     another node is writing this file
     ├── RemoteError             a peer, a disk or etcd let us down
@@ -82,6 +82,10 @@ class TooManyLinks(NamespaceError):
 
 class NotPermitted(NamespaceError):
     """The operation is not allowed on this kind of inode."""
+
+
+class AccessDenied(NamespaceError):
+    """The file's mode does not let the caller open it."""
 
 
 class NoSuchAttribute(NamespaceError):

@@ -34,6 +34,7 @@ import trio.testing
 ROOT_VARIABLE = "MODELFS_TEST_ROOT"
 SEED_VARIABLE = "MODELFS_TEST_SEED"
 HANG_SECONDS = 300.0  # a guard against hangs, not a measure of speed
+LONG_BYTES = 4096
 OURS = ("modelfs", "modelfsd")
 
 hypothesis.settings.register_profile("modelfs", deadline=None, derandomize=True, database=None)
@@ -139,6 +140,25 @@ def virtual_time(
 
     monkeypatch.setattr(trio.to_thread, "run_sync", run_inline)
     return autojump_clock
+
+
+# ---------------------------------------------------------------- failures
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Say where two long runs of bytes differ; pytest's own comparison takes minutes for MiBs."""
+    if not (isinstance(left, bytes | bytearray) and isinstance(right, bytes | bytearray)):
+        return None
+    if op != "==" or max(len(left), len(right)) < LONG_BYTES:
+        return None
+    common = min(len(left), len(right))
+    where = next((at for at in range(common) if left[at] != right[at]), common)
+    theirs, ours = bytes(left[where : where + 32]), bytes(right[where : where + 32])
+    differing = sum(a != b for a, b in zip(left, right, strict=False))
+    return [
+        f"{len(left)} bytes == {len(right)} bytes",
+        f"{differing} bytes differ, from byte {where} on: {theirs!r} and {ours!r}",
+    ]
 
 
 # ---------------------------------------------------------------- the quiet log

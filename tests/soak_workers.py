@@ -31,6 +31,7 @@ import random
 import struct
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -148,7 +149,7 @@ class Board:
         struct.pack_into("=Q", self._map, start, max(rank, before))
 
 
-class Worker:
+class Worker(ABC):
     """One process: what it does, and what it has to tell."""
 
     def __init__(self, root: Path, board: Path, node: int, chance: random.Random) -> None:
@@ -163,9 +164,9 @@ class Worker:
         self.next_number = self.board.committed(f"replace-{node}") // 2 + 1000
         self.longest = (0.0, "")
 
+    @abstractmethod
     def step(self) -> None:
-        """One operation. Overridden."""
-        raise NotImplementedError
+        """One operation."""
 
     def run(self, seconds: float) -> None:
         """Operate until the time is over, and report about once a second."""

@@ -20,6 +20,7 @@ ERRNO: dict[type[ModelfsError], int] = {
     errors.InvalidMove: errno.EINVAL,
     errors.TooManyLinks: errno.EMLINK,
     errors.NotPermitted: errno.EPERM,
+    errors.AccessDenied: errno.EACCES,
     errors.NoSuchAttribute: errno.ENODATA,
     errors.AttributesTooLarge: errno.ENOSPC,
     errors.AttributeNotSupported: errno.EOPNOTSUPP,

@@ -15,16 +15,25 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
 import trio
 
 from modelfs.access import AccessPattern
-from modelfs.attributes import AttributeChange, changed_attributes
+from modelfs.attributes import AttributeChange, changed_attributes, may_open
 from modelfs.changes import Claim
-from modelfs.errors import ModelfsError, StaleHandle, WriterElsewhere
+from modelfs.errors import (
+    AccessDenied,
+    EntryExists,
+    IsDirectory,
+    ModelfsError,
+    NoSuchEntry,
+    StaleHandle,
+    WriterElsewhere,
+)
 from modelfs.ids import KernelId
 from modelfsd.contents import Contents
 from modelfsd.kernel_cache import KernelCache
@@ -37,6 +46,9 @@ log = logging.getLogger(__name__)
 
 SENT_BACK_SECONDS = 1.0  # the kernel comes back at once
 SENT_BACK_MAX = 4096  # callers that were told to look again and have not come back yet
+CREATES_MAX = 8  # attempts at a name that comes and goes
+
+GroupsOf = Callable[[int], Iterable[int]]  # the supplementary groups of a process
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +73,31 @@ class _SentBack:
     """
 
     def __init__(self) -> None:
-        self._shown: OrderedDict[int, tuple[float, KernelId | None]] = OrderedDict()  # by pid
+        # By pid: until when, and the inode shown last (0: none), or None after a look in vain.
+        self._shown: OrderedDict[int, tuple[float, KernelId | None]] = OrderedDict()
 
     def send(self, caller: Caller) -> NoReturn:
         """Raise `StaleHandle`."""
-        self._shown[caller.pid] = (trio.current_time() + SENT_BACK_SECONDS, None)
+        self._shown[caller.pid] = (trio.current_time() + SENT_BACK_SECONDS, KernelId(0))
         while len(self._shown) > SENT_BACK_MAX:
             self._shown.popitem(last=False)
         raise StaleHandle(caller.pid)
 
     def note_lookup(self, caller: Caller, inode: KernelInode | None) -> None:
         """A lookup was answered; None: in vain."""
-        if caller.pid in self._shown and inode is None:
-            del self._shown[caller.pid]
-        elif caller.pid in self._shown and inode is not None:
-            self._shown[caller.pid] = (self._shown[caller.pid][0], inode.id)
+        until, shown = self._shown.get(caller.pid, (0.0, None))
+        if shown is not None:
+            self._shown[caller.pid] = (until, inode.id if inode is not None else None)
 
     def is_back(self, caller: Caller, inode: KernelInode) -> bool:
         """Whether this call was sent back and was shown this very inode since. Tells once."""
         until, shown = self._shown.pop(caller.pid, (0.0, None))
         return shown == inode.id and trio.current_time() <= until
+
+    def is_back_in_vain(self, caller: Caller) -> bool:
+        """Whether this call may have been sent back, and found nothing then. Tells once."""
+        until, shown = self._shown.pop(caller.pid, (0.0, KernelId(0)))
+        return shown is None and trio.current_time() <= until
 
 
 class Files:
@@ -128,6 +145,7 @@ class Files:
         caller: Caller,
         must_look_again: bool,
         has_looked_again: bool,
+        wait_seconds: float | None = None,
     ) -> int:
         must_look_again = must_look_again and not has_looked_again
         session = self._writer.session_of(inode)
@@ -137,7 +155,8 @@ class Files:
                 latest = self._namespace.mirror.inode(inode.ino)
                 size = latest.size if latest is not None else 0
             if size:
-                await self._take_lease(session, has_looked_again and bool(flags & os.O_TRUNC))
+                may_start_over = has_looked_again and bool(flags & os.O_TRUNC)
+                await self._take_lease(session, may_start_over, wait_seconds)
             if must_look_again:
                 session.reserve_lease()
                 raise StaleHandle(inode.id)
@@ -158,18 +177,16 @@ class Files:
         return self._new_handle(inode, session)
 
     @staticmethod
-    async def _take_lease(session: WriteSession, may_start_over: bool) -> None:
+    async def _take_lease(
+        session: WriteSession, may_start_over: bool, wait_seconds: float | None
+    ) -> None:
         try:
-            await session.ensure_lease()
+            await session.ensure_lease(wait_seconds)
         except StaleHandle:
             if not may_start_over:
                 raise
             # The kernel has used up its second look, and what is there now goes anyhow.
-            await session.start_over_now()
-
-    def exists_after_all(self, caller: Caller) -> None:
-        """For create: the name was made meanwhile. Send the kernel back, to look and to open."""
-        self._sent_opens.send(caller)
+            await session.start_over_now(wait_seconds)
 
     def look_again_once(self, inode: KernelInode, caller: Caller) -> None:
         """For link, chmod and the like: send the kernel back from what is superseded, once.
@@ -193,9 +210,57 @@ class Files:
         return self._last_handle
 
     async def create(
+        self,
+        parent: KernelInode,
+        name: bytes,
+        mode: int,
+        flags: int,
+        caller: Caller,
+        groups_of: GroupsOf,
+    ) -> tuple[int, KernelInode]:
+        """Create and open in one step. Raises `EntryExists` for O_EXCL.
+
+        If the name was made meanwhile, the kernel is sent back, to look and to open. If it has been
+        sent back already, what is there is opened.
+        """
+        for _ in range(CREATES_MAX):
+            try:
+                return await self._create_new(parent, name, mode, flags, caller)
+            except EntryExists:
+                if flags & os.O_EXCL:
+                    raise
+                if not self._sent_opens.is_back_in_vain(caller):
+                    self._sent_opens.send(caller)
+            with suppress(NoSuchEntry):  # gone again
+                return await self._open_existing(parent, name, flags, caller, groups_of)
+        raise WriterElsewhere(f"{os.fsdecode(name)} comes and goes")
+
+    async def _open_existing(
+        self, parent: KernelInode, name: bytes, flags: int, caller: Caller, groups_of: GroupsOf
+    ) -> tuple[int, KernelInode]:
+        """Open a file for CREATE. The kernel then checks no permission, and nobody may wait."""
+        inode = await self._tree.lookup(parent, name)
+        try:
+            record, access = inode.record, flags & os.O_ACCMODE
+            if record.is_directory:
+                raise IsDirectory(name)
+            if not record.is_file:
+                raise WriterElsewhere(f"{os.fsdecode(name)} comes and goes")
+            is_writer, groups = access != os.O_RDONLY, {caller.gid, *groups_of(caller.pid)}
+            if not may_open(record, caller.uid, groups, access != os.O_WRONLY, is_writer):
+                raise AccessDenied(name)
+            if not is_writer:
+                return self._new_handle(inode, None), inode
+            number = await self._open_for_writing(inode, flags, caller, False, True, 0)
+            return number, inode
+        except BaseException:
+            inode.lookups -= 1
+            self._cache.inodes.drop_if_unused(inode)
+            raise
+
+    async def _create_new(
         self, parent: KernelInode, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[int, KernelInode]:
-        """Create and open in one step. Raises `EntryExists`."""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         claim = None
         if writable:

@@ -12,7 +12,7 @@ import stat
 
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
-from modelfs.mirror import Change, DirectoryTouched, InodeChanged, Mirror, NameChanged
+from modelfs.mirror import Change, DirectoryTouched, InodeChanged, Mirror, Name, NameChanged
 from modelfsd.kernel_inodes import KernelInode, KernelInodes
 from modelfsd.namespace import Namespace
 from modelfsd.notifier import NameGuard, Notifier
@@ -57,16 +57,25 @@ class KernelCache:
         The kernel knows a directory only if it knows the one above, so the walk is no longer than
         what it knows.
         """
-        waiting = [top]
+        waiting: list[tuple[InodeNumber, KernelInode | None]] = [(top, None)]
         while waiting:
-            ino = waiting.pop()
-            known = self.inodes.all_of(ino)
-            if not known or not known[-1].record.is_directory:
+            ino, above = waiting.pop()
+            inode = self.inodes.current(ino)
+            if inode is None or not inode.record.is_directory:
                 continue
-            if known[-1].is_current:
-                self.inodes.retire(known[-1])
+            inode.inside = above
+            self.inodes.retire(inode)
             children = self._mirror.children.get(ino, {}).values()
-            waiting.extend(child.ino for child in children if stat.S_ISDIR(child.kind))
+            waiting.extend((child.ino, inode) for child in children if stat.S_ISDIR(child.kind))
+
+    def renamed(self, source: Name, target: Name, moved: InodeNumber) -> None:
+        """This node's kernel renamed what it believed `source` to be.
+
+        It held the directory all along, so it has not acted on a change of that name by another
+        node meanwhile: then it moved another inode to `target` than the cluster did.
+        """
+        if self.guard.is_waiting(source):
+            self._forget_name(*target, moved)
 
     def _on_inode(self, change: InodeChanged) -> None:
         self._on_older_directory(change)
@@ -134,8 +143,10 @@ class KernelCache:
     def _forget_name(self, parent: InodeNumber, name: bytes, old: InodeNumber) -> None:
         # A directory that the kernel does not know has no name that it knows.
         for directory in self.inodes.all_of(parent):
-            self.guard.raise_for(old)
-            self._notifier.forget_name(directory.id, name, lambda: self.guard.lower_for(old))
+            self.guard.raise_for(old, (parent, name))
+            self._notifier.forget_name(
+                directory.id, name, lambda: self.guard.lower_for(old, (parent, name))
+            )
 
     def must_look_again(self, inode: KernelInode) -> bool:
         """Whether an OPEN may have come here along a name that means something else by now."""

@@ -54,6 +54,7 @@ class KernelInode:
     lookups: int = 0
     handles: int = 0
     is_current: bool = True  # whether a lookup of its name gives this kernel inode
+    inside: KernelInode | None = field(default=None, repr=False)  # for `KernelInodes.show_in`
     session: WriteSession | None = field(default=None, repr=False)
     access: AccessPattern | None = field(default=None, repr=False)
 
@@ -102,9 +103,28 @@ class KernelInodes:
         """The kernel inode for the latest view of an inode, made if need be. Counts no lookup."""
         inode = self._current.get(ino)
         if inode is None:
-            inode = KernelInode(self._free_id(ino, record), ino, record)
-            self._by_id[inode.id] = inode
-            self._current[ino] = inode
+            inode = self._current[ino] = self._new(ino, record)
+        return inode
+
+    def show_in(self, directory: KernelInode, ino: InodeNumber, record: Inode) -> KernelInode:
+        """As `show`, for a lookup in this directory.
+
+        Inside a directory's older kernel inode, the directories below it have kernel inodes of
+        their own: the current ones have their place below the current one.
+        """
+        if directory.is_current or not record.is_directory:
+            return self.show(ino, record)
+        for inode in self._older.get(ino, ()):
+            if inode.inside is directory:
+                return inode
+        inode = self._new(ino, record)
+        inode.is_current, inode.inside = False, directory
+        self._older.setdefault(ino, set()).add(inode)
+        return inode
+
+    def _new(self, ino: InodeNumber, record: Inode) -> KernelInode:
+        inode = KernelInode(self._free_id(ino, record), ino, record)
+        self._by_id[inode.id] = inode
         return inode
 
     def retire(self, inode: KernelInode) -> None:

@@ -238,7 +238,7 @@ class Node:
         self._status = Status(
             config,
             self._identity,
-            mirror,
+            namespace,
             self._store,
             self._chunks,
             self._contents,

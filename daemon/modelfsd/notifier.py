@@ -16,13 +16,14 @@ import errno
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from enum import Enum
 
 import pyfuse3
 
 from modelfs.ids import InodeNumber, KernelId
+from modelfs.mirror import Name
 
 log = logging.getLogger(__name__)
 
@@ -135,21 +136,30 @@ class NameGuard:
 
     def __init__(self) -> None:
         self._waiting: dict[InodeNumber, int] = {}  # invalidations not acknowledged yet
+        self._names: Counter[Name] = Counter()  # the same, by name
         self._until: dict[InodeNumber, float] = {}  # acknowledged, but within the grace
         self._lock = threading.Lock()
 
-    def raise_for(self, ino: InodeNumber) -> None:
+    def raise_for(self, ino: InodeNumber, name: Name) -> None:
         """A name of this inode changed elsewhere; guard it until `lower_for`, once for each."""
         with self._lock:
             self._waiting[ino] = self._waiting.get(ino, 0) + 1
+            self._names[name] += 1
 
-    def lower_for(self, ino: InodeNumber) -> None:
+    def lower_for(self, ino: InodeNumber, name: Name) -> None:
         """The kernel has forgotten the name: guard only against what is already on its way."""
         with self._lock:
             self._waiting[ino] -= 1
             if not self._waiting[ino]:
                 del self._waiting[ino]
             self._until[ino] = time.monotonic() + GRACE_SECONDS
+            self._names[name] -= 1
+            if not self._names[name]:
+                del self._names[name]
+
+    def is_waiting(self, name: Name) -> bool:
+        """Whether the kernel has not been made to forget this name yet."""
+        return name in self._names
 
     def is_raised(self) -> bool:
         """Whether any inode is guarded: usually not, and then no open needs a closer look."""

@@ -21,7 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 
 from modelfs import xattrs
 from modelfs.attributes import AttributeChange
-from modelfs.errors import EntryExists, ModelfsError, NameTooLong, NoSuchEntry
+from modelfs.errors import ModelfsError, NameTooLong, NoSuchEntry
 from modelfs.inode import Inode
 from modelfs.limits import NAME_BYTES_MAX, SYMLINK_BYTES_MAX
 from modelfs.mirror import Mirror
@@ -281,7 +281,7 @@ class Operations(pyfuse3.Operations):
         if entries is None:
             entries = listing.entries = self._tree.list_directory(listing.directory)
         self._access_times.note(listing.directory)
-        for position, entry, inode in self._tree.entries_from(entries, start_id):
+        for position, entry, inode in self._tree.entries_from(listing.directory, entries, start_id):
             attributes = self._attributes(inode)
             is_taken = pyfuse3.readdir_reply(token, entry.name, attributes, position + 1)
             if is_taken and entry.name not in (b".", b".."):
@@ -311,13 +311,9 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         directory = self._inodes[parent_inode]
-        try:
-            number, inode = await self._files.create(directory, name, mode, flags, _caller(ctx))
-        except EntryExists:
-            if flags & os.O_EXCL:
-                raise
-            self._files.exists_after_all(_caller(ctx))
-            raise
+        number, inode = await self._files.create(
+            directory, name, mode, flags, _caller(ctx), pyfuse3.get_sup_groups
+        )
         info = FileInfo(fh=pyfuse3.FileHandleT(number), keep_cache=True)
         return info, self._attributes(inode)
 

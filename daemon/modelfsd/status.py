@@ -11,17 +11,18 @@ import numpy as np
 import trio
 
 from modelfs import __version__
-from modelfs.errors import ModelfsError, NoSuchEntry, PeerRefused, PeerUnavailable, UserError
-from modelfs.ids import ROOT_INODE, ChunkId, InodeNumber, NodeId
+from modelfs.errors import ModelfsError, PeerRefused, PeerUnavailable
+from modelfs.ids import ChunkId, NodeId
 from modelfs.inode import Inode
 from modelfs.manifest import HOLE, Entries
-from modelfs.mirror import Mirror
 from modelfs.stripe import span
 from modelfsd.chunks import Chunks
 from modelfsd.config import Config
 from modelfsd.contents import Contents
 from modelfsd.etcd import EtcdStore, MemberInfo
 from modelfsd.identity import Identity
+from modelfsd.locating import find, names_of, path_text
+from modelfsd.namespace import Namespace
 
 FILES_COUNTED_MAX = 10_000  # whose replicas `status` counts; beyond that it says "not counted"
 DB_QUOTA_BYTES = 8 << 30  # as given to the embedded etcd
@@ -45,7 +46,7 @@ class Status:
         self,
         config: Config,
         identity: Identity,
-        mirror: Mirror,
+        namespace: Namespace,
         store: EtcdStore,
         chunks: Chunks,
         contents: Contents,
@@ -54,7 +55,8 @@ class Status:
         pid: int,
         upkeep: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        self._config, self._identity, self._mirror = config, identity, mirror
+        self._config, self._identity = config, identity
+        self._namespace, self._mirror = namespace, namespace.mirror
         self._store, self._chunks, self._contents = store, chunks, contents
         self._is_attached, self._warnings, self._pid = is_attached, warnings, pid
         self._upkeep = upkeep
@@ -233,15 +235,16 @@ class Status:
 
     async def info(self, request: dict[str, Any]) -> dict[str, Any]:
         """The handler of `modelfs info PATH`; `path` is a list of names."""
-        names = [str(name).encode(errors="surrogateescape") for name in request.get("path", [])]
-        ino, record = self._resolve(names)
+        names = names_of(request)
+        await self._namespace.fresh()
+        ino, record = find(self._mirror, names)
         entries = await self._contents.all_entries(record)
         chunks = [ChunkId(name) for name in _names(entries)]
         holders = await self.holders([chunk for chunk in chunks if chunk])
         placed = [index for index, chunk in enumerate(chunks) if chunk]
         copies = [sum(have) for have in zip(*holders.values(), strict=True)]
         return {
-            "path": "/" + b"/".join(names).decode(errors="replace"),
+            "path": path_text(names),
             "ino": ino,
             "version": record.version,
             "type": TYPES.get(record.kind, "unknown"),
@@ -258,18 +261,6 @@ class Status:
             ],
             "under_replicated": sum(count < record.replicas for count in copies),
         }
-
-    def _resolve(self, names: list[bytes]) -> tuple[InodeNumber, Inode]:
-        ino = ROOT_INODE
-        for name in names:
-            child = self._mirror.child(ino, name)
-            if child is None:
-                raise UserError(f"no such file or directory: {name.decode(errors='replace')}")
-            ino = child.ino
-        record = self._mirror.inode(ino)
-        if record is None:
-            raise NoSuchEntry(ino)
-        return ino, record
 
     def _holder(self, node: NodeId, record: Inode, held: list[int]) -> dict[str, Any]:
         sizes = (

@@ -68,10 +68,10 @@ class Tree:
             child = self._mirror.child(parent.ino, name)
         if child is None:
             raise NoSuchEntry(name)
-        return self._counted(child.ino, self._namespace.require(child.ino))
+        return self._counted(parent, child.ino, self._namespace.require(child.ino))
 
-    def _counted(self, ino: InodeNumber, record: Inode) -> KernelInode:
-        inode = self._cache.inodes.show(ino, record)
+    def _counted(self, parent: KernelInode, ino: InodeNumber, record: Inode) -> KernelInode:
+        inode = self._cache.inodes.show_in(parent, ino, record)
         inode.lookups += 1
         return inode
 
@@ -90,24 +90,24 @@ class Tree:
         return entries
 
     def entries_from(
-        self, entries: list[DirectoryEntry], start: int
+        self, directory: KernelInode, entries: list[DirectoryEntry], start: int
     ) -> Iterator[tuple[int, DirectoryEntry, KernelInode]]:
         """(position, entry, inode) from `start` on, without counting lookups.
 
         The kernel takes each entry as a lookup of its name. So a name is shown with what it means
         now, not when the directory was opened, and one that is gone by now is left out.
         """
-        directory = entries[0].ino
         for position in range(start, len(entries)):
             entry = entries[position]
             if entry.name not in (b".", b".."):
-                child = self._mirror.child(directory, entry.name)
+                child = self._mirror.child(directory.ino, entry.name)
                 if child is None:
                     continue
                 entry = DirectoryEntry(entry.name, child.ino)
             record = self._mirror.inode(entry.ino)
             if record is not None:
-                yield position, entry, self._cache.inodes.show(entry.ino, record)
+                shown = self._cache.inodes.show_in(directory, entry.ino, record)
+                yield position, entry, shown
 
     # ------------------------------------------------------------ changing
 
@@ -121,7 +121,7 @@ class Tree:
         await self._namespace.change(
             lambda mirror: changes.create(mirror, parent.ino, name, ino, record, claim)
         )
-        return self._counted(ino, self._namespace.require(ino))
+        return self._counted(parent, ino, self._namespace.require(ino))
 
     def _new_record(self, parent: KernelInode, new: NewInode, caller: Caller) -> Inode:
         now_ns = time.time_ns()
@@ -153,7 +153,7 @@ class Tree:
         record = await self._namespace.change(
             lambda mirror: changes.link(mirror, inode.ino, parent.ino, name, time.time_ns())
         )
-        return self._counted(inode.ino, record)
+        return self._counted(parent, inode.ino, record)
 
     async def remove(self, parent: KernelInode, name: bytes, directory: bool) -> None:
         """unlink, or rmdir."""
@@ -171,11 +171,12 @@ class Tree:
     ) -> None:
         """Move a name."""
         old, new = (source[0].ino, source[1]), (target[0].ino, target[1])
-        await self._namespace.change(
+        renamed = await self._namespace.change(
             lambda mirror: changes.rename(
                 mirror, old, new, keep_existing, time.time_ns(), self._namespace.keep
             )
         )
+        self._cache.renamed(old, new, renamed.ino)
 
     async def set_attributes(self, inode: KernelInode, change: AttributeChange) -> None:
         """chmod, chown, utimens; no transaction if nothing would change.

@@ -147,7 +147,7 @@ class WriteSession:
         """Whether this node may write the file, as far as it knows."""
         return self._token is not None and self.failure is None
 
-    async def ensure_lease(self) -> None:
+    async def ensure_lease(self, wait_seconds: float | None = None) -> None:
         """Become the writer, of the very version that this kernel inode shows.
 
         Raises `WriterElsewhere`, and `StaleHandle` if the file has changed since.
@@ -156,7 +156,7 @@ class WriteSession:
             if self._token is not None:
                 return
             ino = self.inode.ino
-            token = await self._writer.leases.take(ino, self._lose)
+            token = await self._writer.leases.take(ino, self._lose, wait_seconds)
             latest = self._writer.namespace.mirror.inode(ino)
             if latest is None or latest.version != self.copy.base.version:
                 self._writer.leases.reserve(ino, token, RESERVED_SECONDS)
@@ -212,11 +212,11 @@ class WriteSession:
         """
         self._starts_over = not self.copy.is_dirty and not self.copy.size
 
-    async def start_over_now(self) -> None:
+    async def start_over_now(self, wait_seconds: float | None = None) -> None:
         """Take the lease of the latest version, and empty it."""
         async with self._leasing:
             ino = self.inode.ino
-            token = await self._writer.leases.take(ino, self._lose)
+            token = await self._writer.leases.take(ino, self._lose, wait_seconds)
             latest = self._writer.namespace.mirror.inode(ino)
             if latest is None:
                 await self._writer.leases.drop(ino, token)

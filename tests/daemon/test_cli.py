@@ -116,9 +116,19 @@ def test_a_wrong_command_line_has_exit_code_2(arguments: list[str]) -> None:
 def test_the_help_names_what_there_is_and_nothing_else() -> None:
     done = modelfs("--help")
     assert done.returncode == 0
-    for command in ("mount", "umount", "status", "info", "policy", "restore", "recover", "lab"):
+    for command in (
+        "mount",
+        "umount",
+        "status",
+        "info",
+        "policy",
+        "restore",
+        "recover",
+        "lab",
+        "cache",
+    ):
         assert f"  {command} " in done.stdout
-    for command in ("token", "scrub", "fsck", "cache"):
+    for command in ("token", "scrub", "fsck"):
         assert command not in done.stdout
 
 

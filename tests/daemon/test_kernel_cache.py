@@ -192,3 +192,45 @@ async def test_a_directory_moved_elsewhere_is_a_new_kernel_inode_and_so_is_what_
         )
         await one.feed.fresh()
         assert shown.is_current
+
+
+async def test_a_rename_of_a_name_that_changed_meanwhile_is_looked_up_again(tmp_path: Path) -> None:
+    """The kernel moved what it believed to be there; the cluster moved what was."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await two.make_file(b"f")
+        await one.look_up(b"f")
+        await replace(two)  # one's kernel holds the directory for its rename: it cannot forget yet
+        await one.feed.fresh()
+        source, target = (ROOT_INODE, b"f"), (ROOT_INODE, b"moved")
+        child = one.mirror.child(*source)
+        assert child is not None
+        await one.namespace.change(lambda m: changes.rename(m, source, target, False, 2))
+        one.cache.renamed(source, target, child.ino)
+        assert (ROOT_KERNEL_ID, b"moved") in one.notifier.names
+        one.notifier.acknowledge_all()
+        one.notifier.names.clear()
+        await one.namespace.change(lambda m: changes.rename(m, target, source, False, 2))
+        one.cache.renamed(target, source, child.ino)
+        assert not one.notifier.names
+
+
+async def test_below_an_older_directory_each_directory_has_a_kernel_inode_of_its_own(
+    tmp_path: Path,
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (one,) = cluster.nodes
+        top = await make_directory(one, ROOT_INODE, b"top")
+        below = await make_directory(one, top, b"below")
+        file = await one.make_file(b"f")
+        require, inodes = one.namespace.require, one.inodes
+        older = inodes.show(top, require(top))
+        older.lookups += 1
+        inodes.retire(older)
+        current = inodes.show_in(inodes.show(top, require(top)), below, require(below))
+        inside = inodes.show_in(older, below, require(below))
+        assert inside is not current and not inside.is_current
+        assert inodes.show_in(older, below, require(below)) is inside
+        assert inodes.show_in(older, file, require(file)) is inodes.show(file, require(file))
+        inodes.drop_if_unused(inside)
+        assert inodes.all_of(below) == [current]
