@@ -44,7 +44,8 @@ from modelfsd.writer import Writer, WriteSession
 
 log = logging.getLogger(__name__)
 
-SENT_BACK_SECONDS = 1.0  # the kernel comes back at once
+# The kernel comes back at once, but may wait for locks of directories in which others change names.
+SENT_BACK_SECONDS = 2.0  # to the next lookup, or from the last one to the call itself
 SENT_BACK_MAX = 4096  # callers that were told to look again and have not come back yet
 CREATES_MAX = 8  # attempts at a name that comes and goes
 
@@ -86,8 +87,10 @@ class _SentBack:
     def note_lookup(self, caller: Caller, inode: KernelInode | None) -> None:
         """A lookup was answered; None: in vain."""
         until, shown = self._shown.get(caller.pid, (0.0, None))
-        if shown is not None:
-            self._shown[caller.pid] = (until, inode.id if inode is not None else None)
+        now = trio.current_time()
+        if shown is not None and now <= until:
+            found = inode.id if inode is not None else None
+            self._shown[caller.pid] = (now + SENT_BACK_SECONDS, found)
 
     def is_back(self, caller: Caller, inode: KernelInode) -> bool:
         """Whether this call was sent back and was shown this very inode since. Tells once."""

@@ -41,12 +41,15 @@ class KernelCache:
                     pass
 
     def _on_name(self, change: NameChanged) -> None:
+        is_own = self._namespace.is_own(change.origin)
+        has_older = self.inodes.has_older(change.parent)
+        if change.new is not None and is_own and has_older:
+            self._retire_directories(change.new)  # who knows in which of them it has been put
         # A new name needs nothing: the kernel never caches that a name is missing.
         if change.old is None:
             return
-        is_own = self._namespace.is_own(change.origin)
         # Where a directory has several kernel inodes, ours changed the names of one of them.
-        if not is_own or len(self.inodes.all_of(change.parent)) > 1:
+        if not is_own or has_older:
             self._forget_name(change.parent, change.name, change.old)
         if not is_own and self._mirror.parent_of(change.old) != change.parent:
             self._retire_directories(change.old)

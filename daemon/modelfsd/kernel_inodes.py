@@ -94,6 +94,10 @@ class KernelInodes:
         """Whether there are any."""
         return bool(self._older)
 
+    def has_older(self, ino: InodeNumber) -> bool:
+        """Whether any kernel inode of this inode is no longer current."""
+        return ino in self._older
+
     def all_of(self, ino: InodeNumber) -> list[KernelInode]:
         """All kernel inodes of an inode: the current one last."""
         current = self._current.get(ino)
