@@ -25,9 +25,11 @@ from modelfs.chunk import (
     unpack_footer,
 )
 from modelfs.ids import ChunkId
-from modelfs.limits import BLOCK_BYTES, CHUNK_BYTES_MAX
+from modelfs.limits import BLOCK_BYTES, CHUNK_BYTES_MAX, KIB
+from modelfsd import page_cache
 from modelfsd.buffers import advance, as_views, empty_buffer
 
+DIRECT_BYTES_MIN = 256 * KIB  # of a file that is read past the page cache
 DAMAGE_ERRNOS = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA})
 """What reading a bad sector or a damaged inode gives: the copy is bad, not the machine."""
 
@@ -117,8 +119,42 @@ def read_trailer(fd: int) -> tuple[int, bytes] | None:
 def read_range(fd: int, ref: ChunkRef, offset: int, size: int) -> memoryview | None:
     """`size` bytes from `offset`, verified against `ref`; None if the file disagrees with it."""
     start, end = covering_blocks(ref.length, offset, size)
+    if start == 0 and end == ref.length:
+        found = _read_all(fd, ref)
+    else:
+        found = _read_part(fd, ref, start, end)
+    if found is None:
+        return None
+    data, trailer = found
+    table, footer = trailer[: -FOOTER.size], bytes(trailer[-FOOTER.size :])
+    if unpack_footer(footer, file_bytes(ref.length)) != (ref.length, ref.checksum):
+        return None
+    if not is_table_valid(ref, table) or not is_range_valid(table, start, data):
+        return None
+    return data[offset - start : offset - start + size]
+
+
+def _read_all(fd: int, ref: ChunkRef) -> tuple[memoryview, memoryview] | None:
+    """(data, trailer) of a file in one piece; None if it has not the size that it should have."""
+    size = file_bytes(ref.length)
+    # At least one byte more than there should be, so that a file that is too long is noticed.
+    buffer = empty_buffer((size // page_cache.ALIGNMENT + 1) * page_cache.ALIGNMENT)
+    received = None
+    if size >= DIRECT_BYTES_MIN:
+        resident = page_cache.resident_bytes(fd, 0, size)
+        if resident is not None and resident < size // 2:
+            received = page_cache.read_directly(fd, buffer)
+    if received is None:
+        received = read_fully(fd, [buffer], 0)
+    if received != size:
+        return None
+    return buffer[: ref.length], buffer[ref.length : size]
+
+
+def _read_part(
+    fd: int, ref: ChunkRef, start: int, end: int
+) -> tuple[memoryview, memoryview] | None:
     data = empty_buffer(end - start)
-    # One byte more than there should be, so that a file that is too long is noticed.
     trailer = empty_buffer(file_bytes(ref.length) - ref.length + 1)
     if end == ref.length:
         received = read_fully(fd, [data, trailer], start)
@@ -126,12 +162,7 @@ def read_range(fd: int, ref: ChunkRef, offset: int, size: int) -> memoryview | N
         received = read_fully(fd, [data], start) + read_fully(fd, [trailer], ref.length)
     if received != len(data) + len(trailer) - 1:
         return None
-    table, footer = trailer[: -FOOTER.size - 1], bytes(trailer[-FOOTER.size - 1 : -1])
-    if unpack_footer(footer, file_bytes(ref.length)) != (ref.length, ref.checksum):
-        return None
-    if not is_table_valid(ref, table) or not is_range_valid(table, start, data):
-        return None
-    return data[offset - start : offset - start + size]
+    return data, trailer[:-1]
 
 
 def is_whole(fd: int, chunk: ChunkId) -> bool:

@@ -30,7 +30,7 @@ from modelfs.chunk import Buffer, ChunkRef, covering_blocks, is_table_valid
 from modelfs.errors import ChunkMissing, CorruptChunk, OutOfSpace
 from modelfs.ids import ChunkId
 from modelfs.ports import Holding, OpenChunk, StoreUsage
-from modelfsd import chunk_file, chunk_tree
+from modelfsd import chunk_file, chunk_tree, page_cache
 from modelfsd.chunk_tree import PREFIXES, free_bytes, scan, status_of
 from modelfsd.dirsync import DirectorySync
 
@@ -74,7 +74,7 @@ class DiskChunkStore:
             data = chunk_file.read_range(fd, ref, offset, size)
             if self._drop_after_read:
                 start, end = covering_blocks(ref.length, offset, size)
-                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_DONTNEED)
+                page_cache.give_back(fd, start, end - start)
         except OSError as error:
             if error.errno in chunk_file.DAMAGE_ERRNOS:
                 raise CorruptChunk(ref.id, self.where) from error

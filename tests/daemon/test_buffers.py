@@ -1,10 +1,12 @@
-"""The pool of receive buffers: whoever borrows one has it alone."""
+"""The pools of buffers: whoever has one has it alone."""
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 
-from modelfsd.buffers import BufferPool
+from modelfs.limits import MIB
+from modelfsd.buffers import BufferPool, Recycler
 
 
 def test_buffers_with_the_same_contents_are_not_lent_twice() -> None:
@@ -25,3 +27,47 @@ def test_a_buffer_that_fits_is_used_again() -> None:
     with pool.borrow(60) as buffer:
         assert len(buffer) == 60
         assert bytes(buffer[:5]) == b"first"
+
+
+def test_memory_comes_back_when_the_last_view_of_it_is_gone() -> None:
+    recycler = Recycler(16 * MIB)
+    buffer = recycler.take(4 * MIB)
+    buffer[:5] = b"first"
+    part = buffer[3:5].toreadonly()
+    del buffer
+    other = recycler.take(4 * MIB)
+    assert bytes(other[:5]) == bytes(5)
+    other[:] = bytes(4 * MIB)
+    assert bytes(part) == b"st"
+    del part
+    assert bytes(recycler.take(4 * MIB)[:5]) == b"first"
+
+
+def test_idle_memory_is_bounded_and_other_sizes_make_way() -> None:
+    recycler = Recycler(8 * MIB)
+    buffers = [recycler.take(MIB + 1) for _ in range(20)]
+    del buffers
+    assert MIB < recycler.idle_bytes() <= 8 * MIB
+    large = [recycler.take(4 * MIB) for _ in range(2)]
+    assert all(len(buffer) == 4 * MIB for buffer in large)
+    del large
+    assert recycler.idle_bytes() <= 8 * MIB
+
+
+def test_threads_never_get_the_same_memory() -> None:
+    recycler = Recycler(4 * MIB)
+    failures: list[int] = []
+
+    def use(number: int) -> None:
+        for _ in range(200):
+            buffer = recycler.take(MIB)
+            buffer[:8] = buffer[-8:] = bytes([number]) * 8
+            if buffer[:8] != bytes([number]) * 8 or buffer[-8:] != bytes([number]) * 8:
+                failures.append(number)
+
+    threads = [threading.Thread(target=use, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
