@@ -2,8 +2,12 @@
 
 Judged for each file view, not for each handle: ranks and threads of one loader share a file, and
 the kernel's own readahead arrives out of order. A *stream* is a run of requests of which each
-begins near where the last one ended; a few are followed at once. A stream that keeps going doubles
-its window up to the maximum; a request that continues no stream is random, and gets no readahead.
+begins near where the last one ended; a few are followed at once. Its window is twice what it has
+read, within bounds, so what is fetched in vain is bounded too; a request that continues no stream
+is random, and gets no readahead.
+
+What is read ahead may be put into the kernel's pages before it is asked for, and then is never
+asked for. So a stream goes on wherever it is next heard of within what was ordered for it.
 """
 
 from __future__ import annotations
@@ -13,42 +17,57 @@ from dataclasses import dataclass
 from modelfs.limits import KIB, MIB
 
 STREAMS_MAX = 8
-SLACK_BYTES = 8 * MIB  # requests of one stream arrive out of order by as much as the kernel reads
+SLACK_BYTES = 2 * MIB  # requests of one stream arrive out of order by as much as the kernel reads
+SKIP_BYTES = 1 * MIB  # a stream may leave out so much
 START_BYTES = 256 * KIB  # a first read within this of the file's start begins a stream
+STEPS_MIN = 2  # elsewhere, a stream has gone on so often before it is believed
 WINDOW_BYTES_MIN = 4 * MIB
 
 
-@dataclass(slots=True)
-class _Stream:
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One reader's way through a file. `ordered_end` is for who reads ahead to keep."""
+
+    begin: int
     end: int  # one past the furthest byte asked for
-    window: int  # how far ahead of `end` to fetch
+    window: int  # how far ahead of `end` to fetch; 0 while this is not believed to be a stream
+    ordered_end: int  # one past the furthest byte that is here or on its way
+    steps: int = 0
+
+    @property
+    def goal(self) -> int:
+        """The offset up to which to read ahead."""
+        return self.end + self.window
 
 
 class AccessPattern:
     """The streams of one file view."""
 
     def __init__(self, window_bytes_max: int) -> None:
-        self._streams: list[_Stream] = []  # the most recent last
+        self._streams: list[Stream] = []  # the most recent last
         self._window_max = window_bytes_max
 
-    def observe(self, offset: int, size: int) -> int | None:
-        """Take one request. Returns the offset up to which to read ahead; None if it is random."""
+    def observe(self, offset: int, size: int) -> Stream | None:
+        """Take one request. Returns the stream that it belongs to; None if it is random."""
+        end = offset + size
         stream = self._matching(offset)
         if stream is None:
             window = WINDOW_BYTES_MIN if offset <= START_BYTES else 0
-            stream = _Stream(offset + size, window)
+            stream = Stream(offset, end, window, offset)
             self._streams.append(stream)
             del self._streams[:-STREAMS_MAX]
-            return stream.end + stream.window if window else None
-        if offset + size > stream.end:
-            stream.end = offset + size
-            doubled = max(WINDOW_BYTES_MIN, 2 * stream.window)
-            stream.window = min(doubled, self._window_max)
-        return stream.end + stream.window
+        elif end > stream.end:
+            stream.end = end
+            stream.steps += 1
+            if stream.window or stream.steps >= STEPS_MIN:
+                wanted = max(WINDOW_BYTES_MIN, 2 * (end - stream.begin))
+                stream.window = min(wanted, self._window_max)
+        return stream if stream.window else None
 
-    def _matching(self, offset: int) -> _Stream | None:
+    def _matching(self, offset: int) -> Stream | None:
         for stream in reversed(self._streams):
-            if stream.end - SLACK_BYTES <= offset <= stream.end + SLACK_BYTES // 8:
+            reach = max(stream.end, stream.ordered_end) + SKIP_BYTES
+            if stream.end - SLACK_BYTES <= offset <= reach:
                 self._streams.remove(stream)
                 self._streams.append(stream)
                 return stream

@@ -34,7 +34,7 @@ FORBIDDEN_IN_CORE = {
 # What a plan is made of. A plan is a value; carrying it out is the drivers' work.
 PLAN_VALUES = {"Compare", "Delete", "Event", "KeyValue", "Put", "Target", "Txn", "WatchBatch"}
 ONLY_THEY_IMPORT = {  # package -> the modules of modelfsd that may
-    "pyfuse3": r"operations.*|mount|kernel_inodes|notifier|errnos",
+    "pyfuse3": r"operations.*|mount|kernel_inodes|notifier|pusher|errnos",
     "hpack": r"etcd.*",
     "google": r"etcd.*",
     "zeroconf": r"discovery",

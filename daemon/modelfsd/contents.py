@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -28,7 +29,10 @@ from modelfsd.chunks import Chunks
 log = logging.getLogger(__name__)
 
 MANIFESTS_MAX = 256  # decoded roots; the arrays of one are at most 96 KiB, its loaded pages 48 MiB
+SPENT_BYTES_MAX = 16 * MIB
 ZEROS = bytes(MIB)
+
+Arrived = Callable[[ChunkId, int, memoryview], None]  # a chunk, its offset in the file, its bytes
 
 
 class Contents:
@@ -44,7 +48,7 @@ class Contents:
         self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
         self._buffers = ChunkBuffers(chunks, memory_bytes)
         self._start = run_in_background
-        self.window_bytes_max = memory_bytes // 4
+        self.window_bytes_max = memory_bytes // 8
 
     @property
     def buffered_bytes(self) -> int:
@@ -136,38 +140,57 @@ class Contents:
             buffer = await self._buffers.fetch(placed, replicas)
         if buffer is not None:
             data = buffer[start : start + stored]
+            self._buffers.note_read(placed.ref.id, stored)
         else:
             data = await self._chunks.read(placed, replicas, start, stored)
         return data if stored == size else b"".join((data, zeros(size - stored)))
 
     # ------------------------------------------------------------ readahead
 
-    def read_ahead(self, record: Inode, start: int, end: int) -> None:
-        """Have the chunks of [start, end) fetched in the background, as far as memory allows."""
+    def read_ahead(
+        self, record: Inode, start: int, end: int, arrived: Arrived | None = None
+    ) -> int:
+        """Have the chunks of [start, end) fetched in the background, as far as memory allows.
+
+        `arrived` is told of each that is here. Returns the offset up to which all are ordered.
+        """
         end = min(end, record.size)
         if record.manifest is None or start >= end:
-            return
+            return start
         manifest = self._manifests.get(record.manifest.id)
         if manifest is None:
-            return
-        first = stripe.locate(manifest.chunk_bytes, start)[0]
-        last = stripe.locate(manifest.chunk_bytes, end - 1)[0]
-        for index in range(first, last + 1):
+            return start
+        index = stripe.locate(manifest.chunk_bytes, start)[0]
+        while start < end:
             if manifest.page_of(index) is not None:
                 self._start(self._load_page_quietly, manifest, index, record.replicas)
-                return
+                return start
+            begin, size = stripe.span(manifest.chunk_bytes, index)
             placed = manifest.entry(index)
-            if placed is None or self._buffers.is_known(placed.ref.id):
-                continue
-            if not self._buffers.has_room(placed.ref.length):
-                return
-            self._start(self._fetch_quietly, placed, record.replicas)
+            if placed is not None and not self._buffers.is_spent(placed.ref.id):
+                is_known = self._buffers.is_known(placed.ref.id)
+                if not is_known and not self._buffers.has_room(placed.ref.length):
+                    return start
+                if not is_known or arrived is not None:
+                    self._start(self._fetch_quietly, placed, record.replicas, begin, arrived)
+            start, index = begin + size, index + 1
+        return start
 
-    async def _fetch_quietly(self, placed: PlacedChunk, replicas: int) -> None:
+    async def _fetch_quietly(
+        self, placed: PlacedChunk, replicas: int, begin: int, arrived: Arrived | None
+    ) -> None:
         try:
-            await self._buffers.fetch(placed, replicas)
+            data = await self._buffers.fetch(placed, replicas)
         except ModelfsError as error:  # whoever reads this range will be told
             log.debug("readahead: %s", error)
+            return
+        if arrived is not None:
+            await trio.lowlevel.checkpoint()  # readers who wait for this chunk come first
+            arrived(placed.ref.id, begin, data)
+
+    def note_read(self, chunk: ChunkId, size: int) -> None:
+        """The kernel has so many more bytes of a chunk."""
+        self._buffers.note_read(chunk, size)
 
     async def _load_page_quietly(self, manifest: Manifest, index: int, replicas: int) -> None:
         try:
@@ -177,13 +200,20 @@ class Contents:
 
 
 class ChunkBuffers:
-    """Whole chunks in memory, least recently used out first; one fetch at a time for each."""
+    """Whole chunks in memory; one fetch at a time for each.
+
+    A chunk whose bytes have all been read is *spent*: the kernel has them, and data should be in
+    memory once. A few spent ones are kept for who comes a moment later; their memory is the next
+    to be used again, while the processor's caches still have it. Of the others the least recently
+    used goes first.
+    """
 
     def __init__(self, chunks: Chunks, total_bytes: int) -> None:
         self._chunks = chunks
         self._budget = ByteBudget(total_bytes)
-        self._held: OrderedDict[ChunkId, memoryview] = OrderedDict()
-        self._held_bytes = 0
+        self._held: OrderedDict[ChunkId, _Held] = OrderedDict()  # spent ones are not in here
+        self._spent: OrderedDict[ChunkId, _Held] = OrderedDict()
+        self._held_bytes = self._spent_bytes = 0  # of both; of the spent ones among them
         self._fetching: dict[ChunkId, _Fetch] = {}
 
     @property
@@ -196,11 +226,29 @@ class ChunkBuffers:
         found = self._held.get(chunk)
         if found is not None:
             self._held.move_to_end(chunk)
-        return found
+            return found.data
+        found = self._spent.get(chunk)
+        return found.data if found is not None else None
+
+    def note_read(self, chunk: ChunkId, size: int) -> None:
+        """So many bytes of a chunk were handed out; if that was the last of it, it is spent."""
+        held = self._held.get(chunk)
+        if held is None:
+            return
+        held.unread_bytes -= size
+        if held.unread_bytes <= 0:
+            self._spent[chunk] = self._held.pop(chunk)
+            self._spent_bytes += len(held.data)
+            while self._spent_bytes > SPENT_BYTES_MAX:
+                self._let_go_of_one()
 
     def is_known(self, chunk: ChunkId) -> bool:
         """Whether the chunk is here or on its way."""
-        return chunk in self._held or chunk in self._fetching
+        return chunk in self._held or chunk in self._fetching or chunk in self._spent
+
+    def is_spent(self, chunk: ChunkId) -> bool:
+        """Whether all of the chunk has been read."""
+        return chunk in self._spent
 
     def has_room(self, size: int) -> bool:
         """Whether a fetch can begin without waiting for another to end."""
@@ -238,7 +286,7 @@ class ChunkBuffers:
             await self._budget.take(size)
             is_taken = True
             fetch.data = await self._chunks.read(placed, replicas, 0, size)
-            self._held[placed.ref.id] = fetch.data
+            self._held[placed.ref.id] = _Held(fetch.data, size)
             self._held_bytes += size
         except ModelfsError as error:
             fetch.error = error
@@ -253,11 +301,26 @@ class ChunkBuffers:
             self._make_room(self._budget.wanted_bytes)
 
     def _make_room(self, size: int) -> None:
-        """Let go of the oldest buffers until `size` bytes are free, or none is held."""
-        while self._held and self._budget.used_bytes + size > self._budget.total_bytes:
-            _, data = self._held.popitem(last=False)
-            self._held_bytes -= len(data)
-            self._budget.give(len(data))
+        """Let go of buffers until `size` bytes are free, or none is held."""
+        while self._held_bytes and self._budget.used_bytes + size > self._budget.total_bytes:
+            self._let_go_of_one()
+
+    def _let_go_of_one(self) -> None:
+        if self._spent:
+            size = len(self._spent.popitem(last=False)[1].data)
+            self._spent_bytes -= size
+        else:
+            size = len(self._held.popitem(last=False)[1].data)
+        self._held_bytes -= size
+        self._budget.give(size)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A chunk that is here."""
+
+    data: memoryview
+    unread_bytes: int
 
 
 class _Fetch:

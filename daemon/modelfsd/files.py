@@ -22,7 +22,6 @@ from typing import NoReturn
 
 import trio
 
-from modelfs.access import AccessPattern
 from modelfs.attributes import AttributeChange, changed_attributes, may_open
 from modelfs.changes import Claim
 from modelfs.errors import (
@@ -39,6 +38,8 @@ from modelfsd.contents import Contents
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInode
 from modelfsd.namespace import Namespace
+from modelfsd.pusher import Pusher
+from modelfsd.readahead import Readahead
 from modelfsd.tree import Caller, NewInode, Tree
 from modelfsd.writer import Writer, WriteSession
 
@@ -113,10 +114,11 @@ class Files:
         tree: Tree,
         contents: Contents,
         writer: Writer,
-        run_in_background: Callable[..., None],
+        pusher: Pusher,
     ) -> None:
         self._namespace, self._cache, self._tree = namespace, cache, tree
-        self._contents, self._writer, self._start = contents, writer, run_in_background
+        self._contents, self._writer, self._pusher = contents, writer, pusher
+        self._readahead = Readahead(contents, pusher)
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
         self._sent_opens, self._sent_links = _SentBack(), _SentBack()
@@ -153,6 +155,7 @@ class Files:
         must_look_again = must_look_again and not has_looked_again
         session = self._writer.session_of(inode)
         try:
+            await self._pusher.drain(inode)
             size = max(inode.record.size, session.copy.size)
             if must_look_again:  # then the lease is for the OPEN that comes next
                 latest = self._namespace.mirror.inode(inode.ino)
@@ -289,12 +292,8 @@ class Files:
         record = inode.record
         if record.manifest is None:
             return await self._contents.read(record, offset, size)
-        if inode.access is None:
-            inode.access = AccessPattern(self._contents.window_bytes_max)
-        ahead = inode.access.observe(offset, size)
-        if ahead is not None:
-            self._contents.read_ahead(record, offset + size, ahead)
-        return await self._contents.read(record, offset, size, whole_chunks=ahead is not None)
+        is_stream = self._readahead.observe(inode, offset, size)
+        return await self._contents.read(record, offset, size, whole_chunks=is_stream)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Take bytes; returns how many."""
@@ -337,6 +336,7 @@ class Files:
         await self._namespace.fresh()
         session = self._writer.session_of(inode)
         try:
+            await self._pusher.drain(inode)
             await session.ensure_lease()
             await session.truncate(size)
             session.copy.mtime_ns = mtime_ns

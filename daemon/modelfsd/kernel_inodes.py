@@ -53,6 +53,7 @@ class KernelInode:
     record: Inode
     lookups: int = 0
     handles: int = 0
+    pushes: int = 0  # under way into its pages: its id must not come to mean another inode
     is_current: bool = True  # whether a lookup of its name gives this kernel inode
     inside: KernelInode | None = field(default=None, repr=False)  # for `KernelInodes.show_in`
     session: WriteSession | None = field(default=None, repr=False)
@@ -158,7 +159,9 @@ class KernelInodes:
 
     def drop_if_unused(self, inode: KernelInode) -> None:
         """Forget an inode that neither the kernel nor we refer to."""
-        if inode.lookups or inode.handles or inode.session or inode.id == ROOT_KERNEL_ID:
+        if inode.lookups or inode.handles or inode.pushes or inode.session:
+            return
+        if inode.id == ROOT_KERNEL_ID:
             return
         self._by_id.pop(inode.id, None)
         older = self._older.get(inode.ino, set())

@@ -1,8 +1,10 @@
 """The mount itself: libfuse's session, and the kernel settings that libfuse cannot make.
 
 After mounting, as root, the connection is allowed 64 requests at a time (12 by default, which makes
-40 parallel readers three times slower) and reads ahead in requests of 1 MiB (128 KiB by default).
-Without root both stay as they are; the daemon says so once, and works.
+40 parallel readers three times slower), and the kernel reads ahead 256 KiB (128 by default). Not
+more: it also reads so much around each page of a mapping that is touched at random, and streams are
+read ahead by us (`modelfsd.readahead`). Without root both stay as they are; the daemon says so
+once, and works.
 """
 
 from __future__ import annotations
@@ -10,8 +12,9 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import pyfuse3
 import trio
@@ -19,12 +22,11 @@ import trio
 from modelfs.errors import UserError
 from modelfsd import mounts
 from modelfsd.config import Config
-from modelfsd.notifier import Notifier
 from modelfsd.operations import Operations
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_KIB = 4096  # four requests of 1 MiB under way for one sequential reader
+READ_AHEAD_KIB = 256  # four blocks
 BACKGROUND_REQUESTS_MAX = 64
 CONGESTION_THRESHOLD = 48  # three quarters, as the kernel's own default
 TASKS_MAX = 512  # requests in hand at once; waiters for leases must never use them up
@@ -32,13 +34,23 @@ WRITE_BACK_SECONDS = 30.0
 FUSECTL = Path("/sys/fs/fuse/connections")
 
 
+class Helper(Protocol):
+    """Threads that talk to the kernel unasked, only while it is mounted."""
+
+    def start(self) -> None:
+        """Start them."""
+
+    def stop(self) -> None:
+        """End them."""
+
+
 class FuseMount:
     """One mounted session. `open`, then `serve` until somebody unmounts, then `close`."""
 
-    def __init__(self, config: Config, operations: Operations, notifier: Notifier) -> None:
+    def __init__(self, config: Config, operations: Operations, helpers: Sequence[Helper]) -> None:
         self._mountpoint = config.mountpoint
         self._options = set(config.options.fuse_options())
-        self._operations, self._notifier = operations, notifier
+        self._operations, self._helpers = operations, tuple(helpers)
         self.is_unmounted = False
 
     def open(self) -> None:
@@ -50,7 +62,8 @@ class FuseMount:
                 f"the kernel refused to mount at {self._mountpoint} ({error}): see the lines "
                 "above, and `dmesg`"
             ) from error
-        self._notifier.start()
+        for helper in self._helpers:
+            helper.start()
 
     async def serve(self) -> None:
         """Answer the kernel until the file system is unmounted."""
@@ -59,7 +72,8 @@ class FuseMount:
 
     def close(self) -> None:
         """End the session, and unmount if nobody has."""
-        self._notifier.stop()
+        for helper in self._helpers:
+            helper.stop()
         pyfuse3.close(unmount=not self.is_unmounted)
 
     async def unmount(self) -> None:

@@ -53,6 +53,7 @@ from modelfsd.operations import Operations
 from modelfsd.peer_client import PeerClient
 from modelfsd.peer_server import PeerServer
 from modelfsd.policies import Policies
+from modelfsd.pusher import Pusher
 from modelfsd.recovery_service import RecoveryService
 from modelfsd.repairer import Repairer
 from modelfsd.replica_file import ReplicaFile
@@ -205,11 +206,12 @@ class Node:
             start_soon,
         )
         tree = Tree(namespace, cache)
-        self._files = Files(namespace, cache, tree, self._contents, self._writer, start_soon)
+        self._pusher = Pusher(inodes)
+        self._files = Files(namespace, cache, tree, self._contents, self._writer, self._pusher)
         space, xattr = Space(mirror, config.replicas), config.options.xattr
         times = AccessTimes(namespace, config.options.relatime, start_soon)
         self._operations = Operations(mirror, inodes, tree, self._files, space, xattr, times)
-        self._mount = FuseMount(config, self._operations, notifier)
+        self._mount = FuseMount(config, self._operations, (notifier, self._pusher))
         self._drop = CacheDrop(self._disk.drop_cached, self._contents, inodes, notifier)
         endpoint = self._member.client_endpoint if self._member else ""
         grace = config.reclaim_grace_seconds
@@ -350,6 +352,7 @@ class Node:
         return {
             "requests": dict(self._operations.requests),
             "chunks": asdict(self._chunks.statistics()),
+            "pushes": dict(self._pusher.counters),
             "kernel_inodes": len(self._inodes),
             "handles": len(self._files),
         }

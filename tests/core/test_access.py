@@ -7,19 +7,38 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelfs.access import SLACK_BYTES, STREAMS_MAX, WINDOW_BYTES_MIN, AccessPattern
+from modelfs.access import SKIP_BYTES, SLACK_BYTES, STEPS_MIN, STREAMS_MAX, AccessPattern
 from modelfs.limits import GIB, KIB, MIB
 
 
-def test_a_sequential_reader_gets_a_window_that_doubles_up_to_the_maximum() -> None:
+def test_the_window_is_twice_what_was_read_up_to_the_maximum() -> None:
     pattern = AccessPattern(64 * MIB)
     windows = []
-    for offset in range(0, 16 * MIB, MIB):
-        end = pattern.observe(offset, MIB)
-        assert end is not None
-        windows.append((end - offset - MIB) // MIB)
-    assert windows[:6] == [4, 8, 16, 32, 64, 64]
+    for offset in range(0, 40 * MIB, MIB):
+        stream = pattern.observe(offset, MIB)
+        assert stream is not None
+        assert stream.end == offset + MIB
+        windows.append(stream.window // MIB)
+    assert windows[:6] == [4, 4, 6, 8, 10, 12]
+    assert windows[31] == 64
     assert windows[-1] == 64
+
+
+def test_elsewhere_a_stream_must_go_on_before_it_is_believed() -> None:
+    pattern = AccessPattern(64 * MIB)
+    found = [pattern.observe(GIB + step * MIB, MIB) for step in range(4)]
+    assert found[:STEPS_MIN] == [None] * STEPS_MIN
+    assert all(stream and stream.window for stream in found[STEPS_MIN:])
+
+
+def test_a_stream_goes_on_wherever_it_is_next_heard_of_within_what_was_ordered() -> None:
+    pattern = AccessPattern(64 * MIB)
+    stream = pattern.observe(0, MIB)
+    assert stream is not None
+    stream.ordered_end = 32 * MIB
+    assert pattern.observe(31 * MIB, MIB) is stream
+    assert stream.goal == (32 + 64) * MIB
+    assert pattern.observe(32 * MIB + 2 * SKIP_BYTES, MIB) is None
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True))
@@ -40,9 +59,11 @@ def test_requests_out_of_order_are_one_stream(rng: Random) -> None:
 
 def test_several_ranks_are_each_followed() -> None:
     pattern = AccessPattern(64 * MIB)
-    requests = [rank * GIB + step * MIB for step in range(4) for rank in range(STREAMS_MAX)]
-    ends = [pattern.observe(offset, MIB) for offset in requests]
-    assert all(end is not None for end in ends[STREAMS_MAX:])
+    requests = [rank * GIB + step * MIB for step in range(5) for rank in range(STREAMS_MAX)]
+    streams = [pattern.observe(offset, MIB) for offset in requests]
+    believed = streams[STEPS_MIN * STREAMS_MAX :]
+    assert all(believed)
+    assert len(set(believed)) == STREAMS_MAX
 
 
 @given(st.lists(st.tuples(st.integers(0, 200 * MIB), st.integers(1, MIB)), max_size=80))
@@ -50,8 +71,8 @@ def test_the_window_is_bounded_and_never_behind_the_reader(
     requests: list[tuple[int, int]],
 ) -> None:
     pattern = AccessPattern(16 * MIB)
-    furthest = 0
     for offset, size in requests:
-        furthest = max(furthest, offset + size)
-        end = pattern.observe(offset, size)
-        assert end is None or offset + size <= end <= furthest + max(16 * MIB, WINDOW_BYTES_MIN)
+        stream = pattern.observe(offset, size)
+        if stream is not None:
+            assert offset + size <= stream.end
+            assert stream.end < stream.goal <= stream.end + 16 * MIB

@@ -99,7 +99,7 @@ async def test_readahead_and_readers_stay_within_the_memory(
         await trio.testing.wait_all_tasks_blocked()
         assert fetches.most <= budget_chunks * CHUNK
         buffers = contents._buffers
-        assert buffers.used_bytes == sum(map(len, buffers._held.values()))
+        assert buffers.used_bytes == buffers._held_bytes
 
 
 @pytest.mark.expected_logs("fails its checksum")

@@ -48,16 +48,12 @@ def test_the_connection_is_tuned(lab: Lab) -> None:
         assert int(Path(f"/sys/class/bdi/{device}/read_ahead_kb").read_text()) == READ_AHEAD_KIB
 
 
-def test_bulk_reads_and_writes_come_in_requests_of_a_mebibyte(lab: Lab, dirs: Dirs) -> None:
-    writer, reader = Counting(lab.nodes[0]), Counting(lab.nodes[1])
+def test_bulk_writes_come_in_requests_of_a_mebibyte(lab: Lab, dirs: Dirs) -> None:
+    writer = Counting(lab.nodes[0])
     with (dirs[0] / "file").open("wb", buffering=0) as file:
         for _ in range(32 * 16):
             file.write(os.urandom(MIB // 16))
     assert 32 <= writer.since()["write"] <= 64
-    with (dirs[1] / "file").open("rb", buffering=0) as file:
-        while file.read(MIB // 16):
-            pass
-    assert 32 <= reader.since()["read"] <= 64
 
 
 def test_what_is_known_is_not_asked_again(lab: Lab, dirs: Dirs) -> None:
