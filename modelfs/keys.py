@@ -14,6 +14,9 @@ history/<parent>/<name>\\0<number>
 inodes                  how many blocks of inode numbers have been handed out
 dirmove                 put by every move of a directory between directories, to serialise them
 seq                     put by every transaction, with the id of the operation
+security/trust          Trust: the authorities of the cluster, and who signs   (modelfsd.security)
+security/revoked/<id>   Removed: a node that was removed, for good
+security/token/<id>     TokenRecord: what is kept of a join token; bound to a lease of its own
 etcd-join               held by a node while it joins etcd as a member
 """
 
@@ -26,6 +29,7 @@ SEQ = b"seq"
 INODES = b"inodes"
 DIRMOVE = b"dirmove"
 ETCD_JOIN = b"etcd-join"
+TRUST = b"security/trust"
 
 INODE_PREFIX = b"inode/"
 DENTRY_PREFIX = b"dentry/"
@@ -35,6 +39,8 @@ NODE_PREFIX = b"node/"
 MAP_PREFIX = b"map/"
 PIN_PREFIX = b"pin/"
 HISTORY_PREFIX = b"history/"
+SECURITY_PREFIX = b"security/"
+REVOKED_PREFIX = b"security/revoked/"
 
 _INO_DIGITS = 10
 
@@ -67,6 +73,22 @@ def dentries(parent: InodeNumber) -> tuple[bytes, bytes]:
 def node(node_id: NodeId) -> bytes:
     """The key of a living node."""
     return NODE_PREFIX + node_id.encode("ascii")
+
+
+def revoked(node_id: NodeId) -> bytes:
+    """The key that refuses a node."""
+    return REVOKED_PREFIX + node_id.encode("ascii")
+
+
+def revoked_node(key: bytes) -> NodeId | None:
+    """The node that a key refuses; None if it is another key."""
+    is_ours = key.startswith(REVOKED_PREFIX)
+    return NodeId(key[len(REVOKED_PREFIX) :].decode("ascii", "replace")) if is_ours else None
+
+
+def token(token_id: bytes) -> bytes:
+    """The key of a join token's record."""
+    return b"security/token/" + token_id.hex().encode("ascii")
 
 
 def placement_map(epoch: Epoch) -> bytes:

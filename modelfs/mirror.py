@@ -116,15 +116,13 @@ class PinChanged:
     manifest: bytes
 
 
-Change = (
-    NameChanged
-    | InodeChanged
-    | DirectoryTouched
-    | LeaseChanged
-    | NodeChanged
-    | MapChanged
-    | PinChanged
-)
+@dataclass(frozen=True, slots=True)
+class SecurityChanged:
+    """Something under `keys.SECURITY_PREFIX` changed."""
+
+
+_NameChange = NameChanged | InodeChanged | DirectoryTouched
+Change = _NameChange | LeaseChanged | NodeChanged | MapChanged | PinChanged | SecurityChanged
 
 
 class Mirror:
@@ -198,6 +196,10 @@ class Mirror:
         """A row of one of the single keys (`keys.INODES`, `keys.DIRMOVE`, …)."""
         return self._others.get(key)
 
+    def revoked(self) -> set[NodeId]:
+        """The nodes that were removed from the cluster."""
+        return {node for key in self._others if (node := keys.revoked_node(key))}
+
     def link_count(self, ino: InodeNumber, record: Inode) -> int:
         """nlink: for a directory 2 and one for each subdirectory."""
         return 2 + self._subdirectories.get(ino, 0) if record.is_directory else record.nlink
@@ -246,9 +248,8 @@ class Mirror:
         fresh = {row.key: row for row in rows}
         stale = [key for key in self._all_keys() if key not in fresh]
         changes: list[Change] = []
-        gone = [Event(key, None, Revision(0), revision) for key in stale]
-        for event in gone:
-            self._apply_event(event, "", changes)
+        for key in stale:
+            self._apply_event(Event(key, None, Revision(0), revision), "", changes)
         for row in fresh.values():
             event = Event(row.key, row.value, row.create_revision, row.mod_revision)
             if not self._is_known(event):
@@ -295,6 +296,8 @@ class Mirror:
             (self.history.add if event.value is not None else self.history.remove)(key)
         else:
             _set(self._others, key, event)
+            if key.startswith(keys.SECURITY_PREFIX):
+                changes.append(SecurityChanged())
 
     def _apply_inode(
         self, ino: InodeNumber, event: Event, origin: str, changes: list[Change]

@@ -10,8 +10,9 @@ Each direction of a TCP connection is a sequence of frames, and this is their on
 
 A conversation: each side sends HELLO as its first frame, the client first. Both take the highest
 version that both can; the server answers FAILURE instead if there is none, or if the cluster is
-not its own. A client with an empty cluster id is a stranger who may only ask INFO and PING. After
-that the client sends requests, as many as it likes without waiting, and the server answers each
+not its own. A client with an empty cluster id is a stranger who may only ask INFO and JOIN. If both
+HELLOs say `plain`, both leave TLS now, and GET and PUT are all that follows. After that the client
+sends requests, as many as it likes without waiting, and the server answers each
 with the same request id, in the order of the requests:
 
     GET → GET_REPLY     the smallest block-aligned range that covers what was asked
@@ -21,6 +22,7 @@ with the same request id, in the order of the requests:
     HAS → HAS_REPLY     one bit for each id, least significant first
     DAMAGE → OK         the server has verified its own copy
     INFO → INFO_REPLY   what a stranger may know to join
+    JOIN → JOIN_REPLY   certificates for a token (`modelfsd.joining`)
     PING → OK
     any → FAILURE       instead of the answer
 
@@ -63,12 +65,14 @@ class Kind(IntEnum):
     DAMAGE = 6
     INFO = 7
     PING = 8
+    JOIN = 9
     OK = 32
     GET_REPLY = 33
     HAS_REPLY = 34
     INFO_REPLY = 35
     WORKING = 36
     FAILURE = 37
+    JOIN_REPLY = 38
 
 
 class FailureKind(StrEnum):
@@ -80,6 +84,7 @@ class FailureKind(StrEnum):
     REFUSED = "refused"  # a failing disk, a stranger's request; the text says which
     WRONG_CLUSTER = "wrong-cluster"
     VERSION = "version"
+    UNAVAILABLE = "unavailable"  # not now; another node may know
 
 
 _Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -89,6 +94,7 @@ _Offset = Annotated[int, msgspec.Meta(ge=0, lt=CHUNK_BYTES_MAX)]
 _Name = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
 _Table = Annotated[bytes, msgspec.Meta(min_length=8, max_length=FRAME_HEADER_BYTES_MAX // 2)]
+_Letter = Annotated[bytes, msgspec.Meta(max_length=FRAME_HEADER_BYTES_MAX // 2)]
 _Bitmap = Annotated[bytes, msgspec.Meta(max_length=-(-HAS_CHUNKS_MAX // 8))]
 
 
@@ -101,6 +107,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True):
     node: _Name
     name: _Name
     incarnation: _Name
+    plain: bool = False  # leave TLS after the HELLOs
 
 
 class Get(msgspec.Struct, frozen=True, array_like=True):
@@ -147,6 +154,18 @@ class Ping(msgspec.Struct, frozen=True, array_like=True):
     """Ask for a sign of life."""
 
 
+class Join(msgspec.Struct, frozen=True, array_like=True):
+    """Ask to be let in; opaque here."""
+
+    request: _Letter
+
+
+class JoinReply(msgspec.Struct, frozen=True, array_like=True):
+    """What makes a member; opaque here."""
+
+    answer: _Letter
+
+
 class Ok(msgspec.Struct, frozen=True, array_like=True):
     """Done."""
 
@@ -181,8 +200,8 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     text: _Text
 
 
-Request = Hello | Get | Put | Sync | Has | Damage | Info | Ping
-Reply = Hello | Ok | GetReply | HasReply | InfoReply | Working | Failure
+Request = Hello | Get | Put | Sync | Has | Damage | Info | Ping | Join
+Reply = Hello | Ok | GetReply | HasReply | InfoReply | JoinReply | Working | Failure
 Message = Request | Reply
 
 _CLASSES: dict[Kind, type[Message]] = {
@@ -194,12 +213,14 @@ _CLASSES: dict[Kind, type[Message]] = {
     Kind.DAMAGE: Damage,
     Kind.INFO: Info,
     Kind.PING: Ping,
+    Kind.JOIN: Join,
     Kind.OK: Ok,
     Kind.GET_REPLY: GetReply,
     Kind.HAS_REPLY: HasReply,
     Kind.INFO_REPLY: InfoReply,
     Kind.WORKING: Working,
     Kind.FAILURE: Failure,
+    Kind.JOIN_REPLY: JoinReply,
 }
 _KINDS = {message: kind for kind, message in _CLASSES.items()}
 _DECODERS = {kind: msgspec.msgpack.Decoder(message) for kind, message in _CLASSES.items()}

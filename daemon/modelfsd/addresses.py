@@ -53,16 +53,23 @@ def parse_host_port(text: str, default_port: int = PORT_DEFAULT) -> HostPort:
 
 
 def parse_endpoint(text: str) -> str:
-    """`host:port` from an etcd URL such as `http://10.0.0.5:2379`, or from `host:port` itself."""
+    """`host:port` from an etcd URL such as `http://10.0.0.5:2379`, or from `host:port` itself.
+
+    `https://host:port` from one with TLS.
+    """
     text = text.strip()
     if "://" not in text:
         text = f"http://{text}"
     url = urlsplit(text)
-    if url.scheme == "https":
-        raise UserError(f"{text}: only http:// endpoints of etcd are supported so far, not TLS")
-    if url.scheme != "http" or url.path not in ("", "/") or url.query or url.fragment:
+    if (
+        url.scheme not in ("http", "https")
+        or url.path not in ("", "/")
+        or url.query
+        or url.fragment
+    ):
         raise UserError(f"{text!r} is not an etcd endpoint: write http://HOST:PORT")
-    return format_host_port(parse_peer(url.netloc, 2379))
+    endpoint = format_host_port(parse_peer(url.netloc, 2379))
+    return f"https://{endpoint}" if url.scheme == "https" else endpoint
 
 
 def parse_peer(text: str, default_port: int = PORT_DEFAULT) -> HostPort:

@@ -18,12 +18,15 @@ import typer
 
 import modelfs
 from modelfs.errors import ModelfsError, UserError
+from modelfsd import cli_flags as flags
 from modelfsd import launch, logs, preflight, sdnotify, show
 from modelfsd import recover as recovery
+from modelfsd.choosing import choose_daemon, mounted_here
+from modelfsd.cli_security import add_commands
 from modelfsd.config import Config, load_config
 from modelfsd.control import call
 from modelfsd.lab import lab_app
-from modelfsd.registry import Entry, Registry
+from modelfsd.registry import Registry
 from modelfsd.sdnotify import Notifier
 from modelfsd.units import format_size
 from modelfsd.unmounting import unmount_command
@@ -65,55 +68,39 @@ def _common(
 @app.command()
 def mount(
     mountpoint: Annotated[str, typer.Argument(help="An empty directory.")],
-    state_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where this node keeps its chunks.")
-    ] = None,
-    new_cluster: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Found a cluster of this name.")
-    ] = None,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option(metavar="HOST:PORT", help="A node of the cluster; may be repeated."),
-    ] = None,
-    etcd: Annotated[
-        list[str] | None,
-        typer.Option(metavar="URL", help="Use this etcd, not our own; may be repeated."),
-    ] = None,
-    listen: Annotated[
-        str | None,
-        typer.Option(metavar="ADDR[:PORT]", help="Our address for other nodes; port 7420."),
-    ] = None,
-    replicas: Annotated[
-        str | None, typer.Option(metavar="N", help="Copies of each chunk (2).")
-    ] = None,
-    cache_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="For copies of others' chunks: 200GiB.")
-    ] = None,
-    zone: Annotated[
-        str | None, typer.Option(metavar="Z", help="What fails together, for example a rack.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of this node (its host name).")
-    ] = None,
-    foreground: Annotated[
-        bool, typer.Option("--foreground", help="Stay, and log to stderr.")
-    ] = False,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("-o", metavar="OPTIONS", help="allow_other, xattr, ro, noexec, ..."),
-    ] = None,
+    state_dir: flags.StateDir = None,
+    join: flags.Join = None,
+    new_cluster: flags.NewCluster = None,
+    peer: flags.Peer = None,
+    etcd: flags.Etcd = None,
+    etcd_ca: flags.EtcdCa = None,
+    etcd_cert: flags.EtcdCert = None,
+    etcd_key: flags.EtcdKey = None,
+    listen: flags.Listen = None,
+    replicas: flags.Replicas = None,
+    cache_size: flags.CacheSize = None,
+    zone: flags.Zone = None,
+    name: flags.Name = None,
+    data_tls: flags.DataTls = None,
+    foreground: flags.Foreground = False,
+    options: flags.Options = None,
 ) -> None:
     """Mount the cluster's files on MOUNTPOINT, and be a node of it."""
     given = {
         "state_dir": state_dir,
+        "join": join,
         "new_cluster": new_cluster,
         "peers": peer,
         "etcd": etcd,
+        "etcd_ca": etcd_ca,
+        "etcd_cert": etcd_cert,
+        "etcd_key": etcd_key,
         "listen": listen,
         "replicas": replicas,
         "cache_size": cache_size,
         "zone": zone,
         "name": name,
+        "data_tls": data_tls,
         "options": ",".join(options) if options else None,
     }
     if foreground:
@@ -159,6 +146,7 @@ def _run_node(mountpoint: str, given: dict[str, Any], reporter: launch.Reporter)
     config = preflight.prepare(load_config(mountpoint, given, foreground=True))
     lock = preflight.lock_state_dir(config)
     os.chdir("/")
+    os.umask(0o077)  # whatever we or etcd make under the state directory is its owner's alone
     registry = Registry()
     preflight.check(config, registry)
     # Late: what only talks to a daemon does not load FUSE and gRPC.
@@ -212,38 +200,6 @@ def status(
         show.console().print(show.status_view(answer))
 
 
-def choose_daemon(registry: Registry, state_dir: str | None, mountpoint: str | None) -> Path:
-    """The admin socket of the daemon that is meant. Raises `UserError` that says what to type."""
-    if state_dir and mountpoint:
-        raise UserError("--state-dir and --mount both name a node: give one of them")
-    if mountpoint:
-        found = registry.find_by_path(mountpoint)
-        if found is None:
-            raise UserError(
-                f"no modelfs daemon serves {mountpoint}{_mounted_here(registry.live())}"
-            )
-        return Path(found[0].control)
-    state_dir = state_dir or os.environ.get("MODELFS_STATE_DIR")
-    if state_dir:
-        return Path(state_dir).absolute() / "control.sock"
-    live = registry.live()
-    if not live:
-        raise UserError(
-            "no modelfs daemon of this user runs on this machine: start one with "
-            "modelfs mount MOUNTPOINT (or name its directory with --state-dir)"
-        )
-    if len(live) > 1:
-        raise UserError(
-            f"several modelfs daemons run here:\n{show.daemons_text(live)}\n"
-            f"say which, for example: modelfs status --mount {live[0].mountpoint}"
-        )
-    return Path(live[0].control)
-
-
-def _mounted_here(live: list[Entry]) -> str:
-    return f"; mounted here:\n{show.daemons_text(live)}" if live else ""
-
-
 @app.command()
 def info(
     path: Annotated[str, typer.Argument(help="A file or directory in a modelfs mount.")],
@@ -266,7 +222,7 @@ def _ask_about(path: str, command: str, **arguments: object) -> dict[str, Any]:
     registry = Registry()
     found = registry.find_by_path(path)
     if found is None:
-        raise UserError(f"{path} is not in a modelfs mount{_mounted_here(registry.live())}")
+        raise UserError(f"{path} is not in a modelfs mount{mounted_here(registry.live())}")
     entry, names = found
     return call(entry.control, command, ANSWER_SECONDS, path=names, **arguments)
 
@@ -352,6 +308,9 @@ def cache_drop(
     freed = call(choose_daemon(Registry(), None, mountpoint), "drop", DROP_SECONDS)
     disk, memory = format_size(freed["disk_bytes"]), format_size(freed["memory_bytes"])
     print(f"dropped {disk} on disk, {memory} in memory, the pages of {freed['files']} files")
+
+
+add_commands(app)
 
 
 def main() -> None:

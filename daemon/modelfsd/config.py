@@ -9,7 +9,8 @@ file is its key there, and on the command line it has dashes:
     peers = ["10.0.0.6"]              replicas = 2              cache_size = "200GiB"
     etcd = ["http://10.0.0.9:2379"]   zone = "rack-1"           name = "gpu-07"
     lock_wait = "30s"                 down_out = "10m"          options = ["xattr"]
-    reclaim_grace = "1h"              retain = "1h"
+    reclaim_grace = "1h"              retain = "1h"             join = "/root/token"
+    data_tls = "on"                   etcd_ca = "/etc/ssl/etcd.pem" (also etcd_cert, etcd_key)
 
 In the environment a list is separated by commas. Mount options add up over the layers, the later
 one winning. An unknown key in the file is refused; an unknown `MODELFS_*` variable is not, since
@@ -23,7 +24,7 @@ import re
 import socket
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from modelfsd.addresses import (
     parse_peer,
     resolve_listen,
 )
+from modelfsd.mount_options import MountOptions, parse_options
+from modelfsd.tokens import Token, read_token
 from modelfsd.units import parse_duration, parse_size
 
 CONFIG_FILE = Path("/etc/modelfs/modelfs.toml")
@@ -54,44 +57,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
-class MountOptions:
-    """What `-o` says."""
-
-    allow_other: bool
-    xattr: bool = False
-    read_only: bool = False
-    no_exec: bool = False
-    relatime: bool = False
-
-    def fuse_options(self) -> frozenset[str]:
-        """The words for libfuse. The kernel checks permissions itself, always."""
-        words = {"fsname=modelfs", "subtype=modelfs", "default_permissions"}
-        if self.allow_other:
-            words.add("allow_other")
-        if self.read_only:
-            words.add("ro")
-        if self.no_exec:
-            words.add("noexec")
-        return frozenset(words)
-
-
-_OPTION_WORDS: dict[str, dict[str, bool]] = {
-    "allow_other": {"allow_other": True},
-    "noallow_other": {"allow_other": False},
-    "xattr": {"xattr": True},
-    "noxattr": {"xattr": False},
-    "ro": {"read_only": True},
-    "rw": {"read_only": False},
-    "relatime": {"relatime": True},
-    "noatime": {"relatime": False},
-    "exec": {"no_exec": False},
-    "noexec": {"no_exec": True},
-    "default_permissions": {},  # always on
-    "defaults": {},
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Config:
     """Everything that a node is told from outside. Paths are absolute; sizes in bytes."""
 
@@ -101,8 +66,14 @@ class Config:
     listen: HostPort  # an IP address of this machine and the data port
     options: MountOptions
     new_cluster: str | None = None
+    join: Token | None = None
+    data_tls: bool | None = None  # of a cluster that is founded; None: on
     peers: tuple[HostPort, ...] = ()
     etcd: tuple[str, ...] = ()  # `host:port` of an etcd that is not ours; empty: embedded
+    etcd_tls: bool = False  # whether that one speaks TLS; then perhaps with these files
+    etcd_ca: Path | None = None
+    etcd_cert: Path | None = None
+    etcd_key: Path | None = None
     replicas: int = limits.REPLICAS_DEFAULT
     retain_seconds: float = limits.RETAIN_SECONDS_DEFAULT  # of superseded versions
     cache_size: int | None = None  # None: a share of the free space
@@ -138,16 +109,26 @@ class Config:
         return self.state_dir / "lock"
 
     def arguments(self) -> list[str]:
-        """The command line that means exactly this configuration, whatever the directory."""
+        """The command line that means exactly this configuration, whatever the directory.
+
+        Everybody may read command lines, so a token is to come by standard input.
+        """
         words = ["mount", str(self.mountpoint), "--state-dir", str(self.state_dir)]
         words += ["--name", self.name, "--listen", format_host_port(self.listen)]
         words += ["--replicas", str(self.replicas)]
         if self.new_cluster is not None:
             words += ["--new-cluster", self.new_cluster]
+        if self.join is not None:
+            words += ["--join", "-"]
+        if self.data_tls is not None:
+            words += ["--data-tls", "on" if self.data_tls else "off"]
         for peer in self.peers:
             words += ["--peer", format_host_port(peer)]
         for endpoint in self.etcd:
-            words += ["--etcd", endpoint]
+            words += ["--etcd", f"https://{endpoint}" if self.etcd_tls else endpoint]
+        for name in ("ca", "cert", "key"):
+            if path := getattr(self, f"etcd_{name}"):
+                words += [f"--etcd-{name}", str(path)]
         if self.cache_size is not None:
             words += ["--cache-size", str(self.cache_size)]
         if self.zone:
@@ -199,6 +180,13 @@ def _replicas(value: object) -> int:
     return int(text)
 
 
+def _switch(value: object) -> bool:
+    words = {"on": True, "off": False, True: True, False: False}
+    if not isinstance(value, str | bool) or value not in words:
+        raise UserError(f"{value!r} is neither on nor off")
+    return words[value]
+
+
 def _listen(value: object) -> HostPort:
     host, port = parse_host_port(_text(value))
     if port > PORT_MAX:
@@ -230,8 +218,13 @@ def _reclaim_grace(value: object) -> float:
 SETTINGS: dict[str, Callable[[object], Any]] = {
     "state_dir": _directory,
     "new_cluster": _word,
+    "join": lambda value: read_token(_text(value)),
+    "data_tls": _switch,
     "peers": lambda value: tuple(parse_peer(text) for text in _texts(value)),
     "etcd": lambda value: tuple(parse_endpoint(text) for text in _texts(value)),
+    "etcd_ca": _directory,
+    "etcd_cert": _directory,
+    "etcd_key": _directory,
     "listen": _listen,
     "replicas": _replicas,
     "retain": lambda value: parse_duration(_text(value)),
@@ -244,22 +237,6 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "reclaim_grace": _reclaim_grace,
 }
 _FLAGS = {"peers": "--peer", "options": "-o"}
-
-
-def is_option(word: str) -> bool:
-    """Whether `-o` knows the word."""
-    return word in _OPTION_WORDS
-
-
-def parse_options(words: Sequence[str], start: MountOptions) -> MountOptions:
-    """`start` changed by the words of `-o`, in order. Raises `UserError` for an unknown one."""
-    options = start
-    for word in words:
-        if word not in _OPTION_WORDS:
-            known = ", ".join(sorted(_OPTION_WORDS))
-            raise UserError(f"mount option {word!r} is unknown; the known ones are {known}")
-        options = replace(options, **_OPTION_WORDS[word])
-    return options
 
 
 # ---------------------------------------------------------------- the layers
@@ -299,6 +276,7 @@ def load_config(
     for key in ("retain", "lock_wait", "down_out", "reclaim_grace"):
         if key in values:
             values[f"{key}_seconds"] = values.pop(key)
+    values["etcd"], values["etcd_tls"] = _etcd(values.get("etcd", ()))
     values.setdefault("state_dir", default_state_dir(environ, is_root))
     values.setdefault("name", _host_name())
     return Config(
@@ -308,6 +286,14 @@ def load_config(
         foreground=foreground,
         **values,
     )
+
+
+def _etcd(urls: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """(endpoints, whether they speak TLS)."""
+    secure = [url for url in urls if url.startswith("https://")]
+    if secure and len(secure) < len(urls):
+        raise UserError("--etcd: some of the URLs are https:// and some are not: use one of both")
+    return tuple(url.removeprefix("https://") for url in urls), bool(secure)
 
 
 def default_state_dir(environ: Mapping[str, str], is_root: bool) -> Path:

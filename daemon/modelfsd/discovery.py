@@ -4,14 +4,7 @@ Everything here is a *hint*: who belongs to the cluster is what etcd says, and a
 it belongs when it connects. So what is heard is parsed, bounded and shown, and never trusted; what
 cannot be parsed is ignored. A network without multicast is no error: nothing is found there.
 
-Service `_modelfs._tcp.local.`; the instance's name is the node id, so that names never clash. SRV
-gives the data port, A or AAAA the address, and TXT the rest:
-
-    v         version of the peer protocol, decimal
-    cluster   cluster id, 16 hex digits
-    name      the cluster's name, for people
-    etcd      port of the node's etcd client URL, decimal; 0: it runs no etcd
-    zone      the node's zone, perhaps empty
+What an announcement says is in `announcements`.
 
 Threads: zeroconf runs an asyncio loop and a browser on threads of its own. What they hear enters
 trio in one place, `_hear`, by `trio.from_thread.run_sync`, which makes the browser wait until it
@@ -21,11 +14,9 @@ which lack them hold up nobody.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -34,12 +25,19 @@ import trio
 import zeroconf
 
 from modelfs.errors import ProtocolError
-from modelfs.ids import ClusterId, NodeId, is_node_id
-from modelfs.placement import MEMBERS_MAX, is_label
+from modelfs.ids import NodeId, is_node_id
+from modelfs.placement import MEMBERS_MAX
+from modelfsd.announcements import (
+    PROTOCOL_VERSION,
+    SERVICE,
+    Announcement,
+    Found,
+    Lost,
+    node_of,
+    parse,
+)
 from modelfsd.logs import RateLimited
 
-SERVICE = "_modelfs._tcp.local."
-PROTOCOL_VERSION = 1
 MDNS_GROUP, MDNS_PORT = "224.0.0.251", 5353  # RFC 6762
 TTL_SECONDS = 120  # RFC 6762's for host records; here for all, so that the dead are forgotten
 FOUND_MAX = MEMBERS_MAX
@@ -54,39 +52,6 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 limited = RateLimited(log)
-
-
-@dataclass(frozen=True, slots=True)
-class Announcement:
-    """What this node tells the network about itself."""
-
-    node: NodeId
-    cluster: ClusterId
-    cluster_name: str
-    port: int  # of the peer protocol
-    etcd_port: int  # 0: runs no etcd
-    zone: str
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A node as it announces itself. Well-formed, and not to be trusted."""
-
-    node: NodeId
-    cluster: ClusterId
-    cluster_name: str
-    host: str  # an IP address
-    port: int
-    etcd_port: int
-    zone: str
-    protocol: int
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """A node withdrew its announcement, or let it lapse."""
-
-    node: NodeId
 
 
 class Discovery:
@@ -140,7 +105,8 @@ class Discovery:
 
     async def announce(self, announcement: Announcement) -> None:
         """Tell the network about this node, from now until the end."""
-        assert self._announced is None
+        if self._announced is not None:
+            return await self.update(announcement)
         info = _service_info(announcement, self.interface_address)
         self._announced = announcement, info
         self._forget(announcement.node)
@@ -150,6 +116,7 @@ class Discovery:
                 self._zeroconf.register_service, info, cooperating_responders=True, strict=True
             )
             await self._call(register, REGISTER_SECONDS)
+        return None
 
     async def update(self, announcement: Announcement) -> None:
         """Tell the network that something about this node has changed."""
@@ -213,7 +180,7 @@ class Discovery:
         change: zeroconf.ServiceStateChange,
     ) -> None:
         """Take one piece of news from the browser."""
-        node = _node_of(name)
+        node = node_of(name)
         if node is None:
             limited.log(logging.DEBUG, "name", "ignored a service that is no node: %.100r", name)
         elif change is zeroconf.ServiceStateChange.Removed:
@@ -235,7 +202,7 @@ class Discovery:
         async for name in names:
             ask = partial(engine.get_service_info, SERVICE, name, int(RESOLVE_SECONDS * 1000))
             info = await self._call(ask, 2 * RESOLVE_SECONDS)
-            node = _node_of(name)
+            node = node_of(name)
             if info is not None and node is not None:
                 self._learn(node, info)
 
@@ -274,68 +241,6 @@ class Discovery:
                 return None
         limited.warning("slow", "zeroconf took more than %g s", seconds)
         return None
-
-
-def parse(
-    node: NodeId,
-    properties: Mapping[bytes, bytes | None],
-    addresses: Sequence[str],
-    port: int | None,
-) -> Found:
-    """Check what an announcement says. Raises `ProtocolError`."""
-
-    def text(key: str) -> str:
-        value = properties.get(key.encode()) or b""
-        try:
-            decoded = value.decode()
-        except UnicodeDecodeError as error:
-            raise ProtocolError(f"{node}: {key} is not UTF-8") from error
-        if not is_label(decoded):
-            raise ProtocolError(f"{node}: {key} is {decoded[:100]!r}")
-        return decoded
-
-    def number(key: str, least: int) -> int:
-        digits = text(key)
-        if not (digits.isascii() and digits.isdecimal() and len(digits) <= 5):
-            raise ProtocolError(f"{node}: {key} is not a number")
-        return _in_range(int(digits), least, f"{node}: {key}")
-
-    cluster = text("cluster")
-    if not is_node_id(cluster):
-        raise ProtocolError(f"{node}: {cluster!r} is not a cluster id")
-    host = next((address for address in addresses if _is_usable(address)), None)
-    if host is None:
-        raise ProtocolError(f"{node}: no usable address")
-    return Found(
-        node=node,
-        cluster=ClusterId(cluster),
-        cluster_name=text("name"),
-        host=host,
-        port=_in_range(port or 0, 1, f"{node}: port"),
-        etcd_port=number("etcd", 0),
-        zone=text("zone"),
-        protocol=number("v", 1),
-    )
-
-
-def _in_range(value: int, least: int, what: str) -> int:
-    if not least <= value <= 0xFFFF:
-        raise ProtocolError(f"{what} {value} is out of range")
-    return value
-
-
-def _is_usable(address: str) -> bool:
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return False
-    return not (parsed.is_multicast or parsed.is_unspecified or parsed.is_reserved)
-
-
-def _node_of(name: str) -> NodeId | None:
-    """The node that a service instance's full name stands for."""
-    instance = name.removesuffix("." + SERVICE)
-    return NodeId(instance) if instance != name and is_node_id(instance) else None
 
 
 def _open_zeroconf(interface_address: str) -> zeroconf.Zeroconf:
@@ -383,6 +288,8 @@ def _service_info(announcement: Announcement, address: str) -> zeroconf.ServiceI
             "name": announcement.cluster_name,
             "etcd": str(announcement.etcd_port),
             "zone": announcement.zone,
+            "since": str(announcement.since_ms),
+            "state": announcement.state,
         },
         server=f"{announcement.node}.local.",
         parsed_addresses=[address],

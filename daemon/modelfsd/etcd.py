@@ -121,6 +121,10 @@ class EtcdStore:
         """Use these endpoints from now on. Watches on others go on until they break."""
         self._channels.set_endpoints(endpoints)
 
+    def set_credentials(self, credentials: Credentials | None) -> None:
+        """Show these from the next connection on."""
+        self._channels.set_credentials(credentials)
+
     def statistics(self) -> EtcdStatistics:
         """What has been asked of etcd so far."""
         return self._channels.statistics()

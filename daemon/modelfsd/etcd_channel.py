@@ -196,6 +196,14 @@ class EtcdChannels:
         for endpoint in [known for known in self._lines if known not in unique]:
             self._drop(endpoint)
 
+    def set_credentials(self, credentials: Credentials | None) -> None:
+        """Use these from the next call on; calls on their way end as they would have."""
+        self._credentials = credentials
+        for line in self._lines.values():
+            if line.connection is not None:
+                line.connection.retire()
+                line.connection = None
+
     async def connect(self, endpoint: str) -> EtcdConnection:
         """A new connection of the caller's own, which he closes. Raises `CallFailed`."""
         return await EtcdConnection.connect(endpoint, self._credentials)

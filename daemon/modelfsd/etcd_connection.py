@@ -65,7 +65,7 @@ class EtcdConnection:
                 plain.setblocking(False)
                 if context is None:
                     return cls(plain)
-                return cls(await _handshake(plain, context, host))
+                return cls(await _handshake(plain, context, host.strip("[]")))
         except (OSError, trio.TooSlowError) as error:
             reason = "timed out" if isinstance(error, trio.TooSlowError) else str(error)
             text = f"{UNCONNECTED} to {endpoint}: {reason}"

@@ -1,8 +1,8 @@
 """This node's own etcd member: founding a cluster, joining one, coming back, staying up.
 
-A member's standing is kept in `etcd.json` in the state directory, and only ever says less than is
-true: MEMBER is written when the cluster counts us as a voter. Before that it is UNFINISHED, and
-the attempt is made again from an empty data directory: nobody relies on it yet.
+A member's standing is kept in `etcd.json` (`etcd_standing`). Until the cluster counts us as a voter
+it is UNFINISHED, and the attempt is made again from an empty data directory: nobody relies on it
+yet. All connections, of clients and of other members, are made with certificates (`etcd_tls`).
 
 Joining goes through a *learner*, which has no vote: a voter that is added before it has started
 blocks the cluster for good (tried on 3.4.23). Learner, start, in sync, promote; one node at a
@@ -13,12 +13,9 @@ removes it (no quorum counts it), and goes on.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
-from enum import Enum
 from pathlib import Path
 
 import trio
@@ -26,7 +23,7 @@ import trio
 from modelfs.errors import MetadataUnavailable, ModelfsError, UserError
 from modelfs.ids import NodeId
 from modelfsd.etcd import TOO_MANY_LEARNERS, EtcdStore, MemberInfo
-from modelfsd.etcd_channel import Credentials, EtcdRefused
+from modelfsd.etcd_channel import EtcdRefused
 from modelfsd.etcd_join import (
     JOIN_LEASE_SECONDS,
     RETRY_SECONDS,
@@ -37,6 +34,8 @@ from modelfsd.etcd_join import (
     take_turn,
 )
 from modelfsd.etcd_process import LOG_SEARCH_BYTES, EtcdProcess, check_port
+from modelfsd.etcd_standing import Standing, StandingRecord
+from modelfsd.etcd_tls import EtcdTls
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +52,6 @@ LOG_CHECK_SECONDS = 300.0
 _REMOVED_TEXTS = ('"msg":"server error"', "permanently removed from the cluster")
 _FATAL_STARTS = ('{"level":"fatal"', '{"level":"panic"', "panic: ")
 _CORRUPT_TEXTS = ("crc mismatch", "WAL", "wal: ", "snapshot", "database", "panic: ")
-
-
-class Standing(Enum):
-    """What this node's member is, as far as we know for sure."""
-
-    ABSENT = "absent"
-    UNFINISHED = "unfinished"  # founding or joining was begun: do it again
-    MEMBER = "member"
 
 
 class MemberRemoved(UserError):
@@ -84,36 +75,35 @@ class EtcdMember:
         address: str,
         client_port: int,
         peer_port: int,
-        credentials: Credentials | None = None,
+        tls: EtcdTls,
     ) -> None:
         self._name, self._address = name, address
         self._client_port, self._peer_port = client_port, peer_port
         host = f"[{address}]" if ":" in address else address
         self.client_endpoint = f"{host}:{client_port}"
-        self.client_url = f"http://{self.client_endpoint}"
-        self.peer_url = f"http://{host}:{peer_port}"
+        self.client_url = f"https://{self.client_endpoint}"
+        self.peer_url = f"https://{host}:{peer_port}"
         self.process = EtcdProcess(state_directory)
-        self._record_path = state_directory / "etcd.json"
-        self._store = EtcdStore([self.client_endpoint], credentials=credentials)
+        self._tls, self._record = tls, StandingRecord(state_directory)
+        self._store = EtcdStore([self.client_endpoint], credentials=tls.credentials())
         self._is_stopping = False
+        self._restarted: trio.Event | None = None  # while `restart` works
         self._is_announced = False
 
     @property
     def standing(self) -> Standing:
         """What `etcd.json` says: ABSENT → found or join; UNFINISHED → the same; MEMBER → resume."""
-        if not self._record_path.exists():
-            return Standing.ABSENT
-        return Standing(self._recorded()["standing"])
+        return self._record.standing
 
     async def found(self) -> None:
         """Start a new cluster with this member alone. Raises `UserError`."""
         await self._clear()
-        self._record(Standing.UNFINISHED)
+        self._record.write(Standing.UNFINISHED)
         self._start(initial=((self._name, self.peer_url),), state="new")
         if not await self._serves_within(FOUND_SECONDS):
             await self.process.stop()
             raise UserError(f"etcd did not start in {FOUND_SECONDS:.0f} s; {self._last_words()}")
-        self._record(Standing.MEMBER)
+        self._record.write(Standing.MEMBER)
         self._is_announced = True
 
     async def resume(self) -> None:
@@ -172,11 +162,35 @@ class EtcdMember:
         if failure is not None:
             raise failure
 
+    def use_new_certificates(self) -> None:
+        """Make our own connections with what the files hold now. etcd looks by itself."""
+        self._store.set_credentials(self._tls.credentials())
+
+    async def restart(self) -> bool:
+        """End the child while `run` runs, which starts it again; whether it serves again in time.
+
+        Its connections end with it, and it reads anew whom to trust.
+        """
+        self._restarted = trio.Event()
+        try:
+            await self.process.stop()
+            if not self._is_stopping:
+                self._launch(((self._name, self.peer_url),), state="existing")
+        finally:
+            self._restarted.set()
+            self._restarted = None
+        return await self._serves_within(RESUME_SECONDS)
+
     async def stop(self) -> None:
         """End the child, in bounded time, also when cancelled. Harmless if there is none."""
         self._is_stopping = True
+        await self._store.__aexit__(None, None, None)  # etcd waits for its clients to go
         await self.process.stop()
-        await self._store.__aexit__(None, None, None)
+
+    def forget(self) -> None:
+        """Remove all that a member which has stopped has left: it is of no cluster. Blocks."""
+        shutil.rmtree(self.process.data_directory, ignore_errors=True)
+        self._record.path.unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- starting
 
@@ -197,6 +211,7 @@ class EtcdMember:
                 f"--initial-cluster={cluster}",
                 f"--initial-cluster-state={state}",
                 f"--initial-cluster-token=modelfs-{self._name}",
+                *self._tls.arguments(),
             ]
         )
 
@@ -244,7 +259,7 @@ class EtcdMember:
         learner_id = await self._added_learner(store)
         if learner_id is not None:
             await self._promoted(store, learner_id)
-            self._record(Standing.MEMBER, learner_id)
+            self._record.write(Standing.MEMBER, learner_id)
         self._is_announced = True
 
     async def _added_learner(self, store: EtcdStore) -> int | None:
@@ -253,14 +268,14 @@ class EtcdMember:
             try:
                 known = await store.members()
                 if any(self._is_recorded_voter(member) for member in known):
-                    self._record(Standing.MEMBER)
+                    self._record.write(Standing.MEMBER)
                     await self.resume()
                     return None
                 await self._clear()
                 for member in known:
                     await self._remove_leftover(store, member)
                 learner = await store.add_learner(self.peer_url)
-                self._record(Standing.UNFINISHED, learner.id)
+                self._record.write(Standing.UNFINISHED, learner.id)
                 members = await store.members()
                 break
             except UNAVAILABLE as error:
@@ -283,7 +298,7 @@ class EtcdMember:
         if self.standing is not Standing.UNFINISHED or member.is_learner:
             return False
         is_here = self.process.data_directory.exists()
-        return is_here and self._recorded().get("member_id") == member.id
+        return is_here and self._record.member_id == member.id
 
     async def _remove_leftover(self, store: EtcdStore, member: MemberInfo) -> None:
         """Remove what we were to the cluster before our data was lost, or an attempt died."""
@@ -325,6 +340,9 @@ class EtcdMember:
                 self.process.bound_log()
             if self._is_stopping:
                 return
+            if self._restarted is not None:
+                await self._restarted.wait()
+                continue
             error = self._exit_error()
             if isinstance(error, MemberRemoved | MemberCorrupt):
                 raise error
@@ -349,42 +367,16 @@ class EtcdMember:
             return MemberRemoved(
                 "the cluster has removed this node's etcd member. Its data directory"
                 f" {self.process.data_directory} is of no more use: delete it and"
-                f" {self._record_path} to join again"
+                f" {self._record.path} to join again"
             )
         text = f"etcd ended with status {self.process.exit_status}; {self._last_words()}"
         last_cries = [line for line in lines if line.startswith(_FATAL_STARTS)]
         if any(part in line for line in last_cries for part in _CORRUPT_TEXTS):
             return MemberCorrupt(
                 f"{text}\nIf its data directory is damaged and other voters are alive, delete"
-                f" {self.process.data_directory} and {self._record_path} to join again"
+                f" {self.process.data_directory} and {self._record.path} to join again"
             )
         return UserError(text)
 
     def _last_words(self) -> str:
         return f"the last lines of {self.process.log_path}:\n{self.process.log_tail().rstrip()}"
-
-    # ---------------------------------------------------------------- the record
-
-    def _recorded(self) -> dict[str, str | int]:
-        try:
-            record = json.loads(self._record_path.read_text())
-            Standing(record["standing"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._record_path} is damaged: {error}") from error
-        assert isinstance(record, dict)
-        return record
-
-    def _record(self, standing: Standing, member_id: int = 0) -> None:
-        """Write `etcd.json`, so that it survives a crash."""
-        self._record_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = self._record_path.with_suffix(".json.new")
-        with temporary.open("w") as record_file:
-            json.dump({"standing": standing.value, "member_id": member_id}, record_file)
-            record_file.flush()
-            os.fsync(record_file.fileno())
-        temporary.rename(self._record_path)
-        directory = os.open(self._record_path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from modelfs.errors import UserError
 from modelfs.ids import ClusterId, NodeId, is_node_id
+from modelfsd.pki import Party
 
 FILE = "node.json"
+REMOVED = "removed"
 FORMAT = 1
 NO_CLUSTER = ClusterId("")
 
@@ -28,11 +30,29 @@ class Identity:
     cluster: ClusterId = NO_CLUSTER
     cluster_name: str = ""
     endpoints: tuple[str, ...] = ()
+    data_tls: bool = True  # whether the cluster encrypts chunks on their way
+    founded_at: float = 0.0  # the cluster
     format: int = FORMAT
 
-    def in_cluster(self, cluster: ClusterId, name: str, endpoints: tuple[str, ...]) -> Identity:
+    @property
+    def party(self) -> Party:
+        """This node as its certificate names it."""
+        return Party(self.cluster, self.node)
+
+    def in_cluster(
+        self,
+        cluster: ClusterId,
+        name: str,
+        endpoints: tuple[str, ...],
+        data_tls: bool,
+        founded_at: float,
+    ) -> Identity:
         """This node as a member of a cluster."""
-        return replace(self, cluster=cluster, cluster_name=name, endpoints=endpoints)
+        return Identity(self.node, cluster, name, endpoints, data_tls, founded_at)
+
+    def knowing(self, endpoints: tuple[str, ...]) -> Identity:
+        """This node with what it knows of its cluster's etcd."""
+        return replace(self, endpoints=endpoints)
 
 
 def load(state_dir: Path) -> Identity:
@@ -63,7 +83,12 @@ def load(state_dir: Path) -> Identity:
     )
     if not is_whole:
         raise UserError(f"{path} is damaged: restore it, or move {state_dir} away")
-    return Identity(NodeId(stored["node"]), ClusterId(cluster), name, tuple(endpoints))
+    data_tls, founded_at = stored.get("data_tls", True), stored.get("founded_at", 0.0)
+    if not isinstance(data_tls, bool) or not isinstance(founded_at, float):
+        raise UserError(f"{path} is damaged: restore it, or move {state_dir} away")
+    return Identity(
+        NodeId(stored["node"]), ClusterId(cluster), name, tuple(endpoints), data_tls, founded_at
+    )
 
 
 def save(state_dir: Path, identity: Identity) -> None:
@@ -81,6 +106,16 @@ def save(state_dir: Path, identity: Identity) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def is_removed(state_dir: Path) -> bool:
+    """Whether the cluster has removed this node, as far as it has heard."""
+    return (state_dir / REMOVED).exists()
+
+
+def mark_removed(state_dir: Path) -> None:
+    """Remember that the cluster has removed this node: etcd and the peers do not talk to it."""
+    os.close(os.open(state_dir / REMOVED, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def new_cluster_id() -> ClusterId:

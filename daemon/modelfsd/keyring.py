@@ -90,6 +90,10 @@ class KeyRing:
         authority = authority or self.load_authority()[0]
         self._write("revoked.crl", pki.revocation_list(authority, revoked, now))
 
+    def listed(self) -> set[NodeId]:
+        """The nodes on that list."""
+        return pki.listed(self._read("revoked.crl"))
+
     def certify(
         self, party: Party, addresses: Sequence[str], now: float, force: bool = False
     ) -> bool:
@@ -103,10 +107,10 @@ class KeyRing:
         self._write("client.crt", pki.to_pem([client]))
         return True
 
-    def accept(self, node: Certificate, client: Certificate) -> None:
-        """Keep the certificates that a member has signed for us."""
-        self._write("node.crt", pki.to_pem([node]))
-        self._write("client.crt", pki.to_pem([client]))
+    def accept(self, node: bytes, client: bytes) -> None:
+        """Keep the certificates (DER) that a member has signed for us. Raises `ProtocolError`."""
+        self._write("node.crt", pki.to_pem([pki.parse_certificate(node)]))
+        self._write("client.crt", pki.to_pem([pki.parse_certificate(client)]))
 
     def load_authority(self) -> tuple[Authority, tuple[Certificate, ...]]:
         """(who signs, who is trusted). Raises `UserError` if the files are damaged."""
@@ -130,10 +134,6 @@ class KeyRing:
         except (OSError, ValueError, ProtocolError) as error:
             raise self._damaged(error) from error
         return Keys(trusted, authority, self.own_key(), node, client)
-
-    def read(self, path: Path) -> bytes:
-        """The bytes of one of the files, for gRPC."""
-        return self._read(path.name)
 
     def remove(self) -> None:
         """Forget all: the cluster was never founded, or joining it failed."""

@@ -16,6 +16,7 @@ or is interrupted. `down` takes away what is there, in whatever state, and is no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -222,14 +223,21 @@ class Lab:
             self._state.network.up()
         first, *others = self.nodes
         self._start_node(first, ["--new-cluster", f"lab-{self._state.tag}"])
-        self._start_all(others, ["--peer", first.endpoint])
+        if others:
+            self._start_all(others, ["--join", "-"], self._token(first, len(others)))
         self._show("waiting until all nodes see each other")
         self.wait_for_mesh()
 
-    def _start_all(self, nodes: Sequence[LabNode], arguments: Sequence[str]) -> None:
+    @staticmethod
+    def _token(node: LabNode, uses: int) -> str:
+        """A join token, from a node that runs."""
+        answer = control.call(node.control_path, "token", STATUS_SECONDS, uses=uses)
+        return str(answer["token"])
+
+    def _start_all(self, nodes: Sequence[LabNode], arguments: Sequence[str], token: str) -> None:
         pool = ThreadPoolExecutor(STARTS_AT_ONCE)
         try:
-            started = [pool.submit(self._start_node, node, arguments) for node in nodes]
+            started = [pool.submit(self._start_node, node, arguments, token) for node in nodes]
             for future in as_completed(started):
                 future.result()
         except BaseException:
@@ -240,8 +248,11 @@ class Lab:
         finally:
             pool.shutdown()
 
-    def _start_node(self, node: LabNode, arguments: Sequence[str]) -> None:
-        """Run `modelfs mount`, which puts the daemon in the background and waits until it is up."""
+    def _start_node(self, node: LabNode, arguments: Sequence[str], token: str = "") -> None:
+        """Run `modelfs mount`, which puts the daemon in the background and waits until it is up.
+
+        A token goes by its standard input.
+        """
         command = [sys.executable, "-m", "modelfsd", "mount", str(node.mount)]
         command += ["--state-dir", str(node.state_dir), "--name", node.name]
         command += ["--listen", node.endpoint, "--replicas", str(self._state.replicas)]
@@ -252,7 +263,7 @@ class Lab:
         last_lines: deque[str] = deque(maxlen=LAST_LINES)
         with subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -261,7 +272,9 @@ class Lab:
             cwd="/",
             env=self._environment(node),
         ) as launcher:
-            assert launcher.stdout is not None
+            assert launcher.stdout is not None and launcher.stdin is not None
+            with contextlib.suppress(BrokenPipeError), launcher.stdin:
+                launcher.stdin.write(token)
             too_late = Timer(START_SECONDS, launcher.kill)
             too_late.start()
             try:

@@ -16,6 +16,7 @@ Every daemon registers itself in a run directory (see `registry`), so that `umou
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -30,7 +31,9 @@ from pathlib import Path
 
 from modelfs.errors import ModelfsError, UserError
 from modelfsd.config import CONFIG_VARIABLE, Config
+from modelfsd.tokens import format_token
 
+JOIN_VARIABLE = "MODELFS_JOIN"  # what it said comes by standard input
 READY_VARIABLE = "MODELFS_READY_FD"
 LOG_BYTES_MAX = 10 << 20  # the old log is kept once, as modelfs.log.1
 LOG_TAIL_LINES = 15
@@ -71,14 +74,17 @@ def launch(config: Config, show: Callable[[str], None], environ: Mapping[str, st
 
 def _spawn(config: Config, write_end: int, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     environment = {**environ, READY_VARIABLE: str(write_end)}
+    environment.pop(JOIN_VARIABLE, None)
     if environ.get(CONFIG_VARIABLE):  # the child starts in another directory
         environment[CONFIG_VARIABLE] = os.path.abspath(environ[CONFIG_VARIABLE])
     log_flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     log_file = os.open(config.log_path, log_flags, 0o600)
+    token = config.join
     try:
-        return subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-P", "-m", "modelfsd", *replace(config, foreground=True).arguments()],
-            stdin=subprocess.DEVNULL,
+            # A token is for the child alone: command lines and environments can be looked at.
+            stdin=subprocess.DEVNULL if token is None else subprocess.PIPE,
             stdout=log_file,
             stderr=log_file,
             pass_fds=(write_end,),
@@ -88,6 +94,11 @@ def _spawn(config: Config, write_end: int, environ: Mapping[str, str]) -> subpro
         )
     finally:
         os.close(log_file)
+    if token is not None:
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # it says itself why it ended
+            child.stdin.write(format_token(token).encode() + b"\n")
+    return child
 
 
 def _await_ready(pipe: int, config: Config, log_start: int, show: Callable[[str], None]) -> str:

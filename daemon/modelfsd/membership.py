@@ -97,6 +97,29 @@ class Membership:
             await self._leases.drop(ino, token)  # of an earlier run of this node
         await self._namespace.change(self._plan_map)
 
+    async def keep_registered(self, start_soon: Callable[..., None]) -> None:
+        """Register, or if etcd does not answer now, go on trying while reads are served."""
+        try:
+            await self.register()
+        except MetadataUnavailable as error:
+            log.warning(
+                "starting without etcd (%s): reads only, of what this node knew last", error
+            )
+            start_soon(self._register_later)
+            return
+        start_soon(self.run)
+
+    async def _register_later(self) -> None:
+        while True:
+            await trio.sleep(1)
+            try:
+                await self.register()
+            except MetadataUnavailable as error:
+                log.debug("still no etcd: %s", error)
+                continue
+            log.info("etcd is back: this node is registered")
+            return await self.run()
+
     async def _refuse_a_twin(self) -> None:
         """A copied state directory would give two machines one id."""
         row = await self._store.get(keys.node(self._myself.node))

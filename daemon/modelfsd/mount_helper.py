@@ -28,7 +28,8 @@ from dataclasses import dataclass, field
 
 from modelfs.errors import ModelfsError, UserError
 from modelfsd import launch, preflight
-from modelfsd.config import SETTINGS, is_option, load_config
+from modelfsd.config import SETTINGS, load_config
+from modelfsd.mount_options import is_option
 
 EXIT_USAGE, EXIT_MOUNT_FAILURE = 1, 32
 

@@ -28,13 +28,15 @@ from modelfs.mirror import Change, NodeChanged
 from modelfs.policy import Rules
 from modelfsd import identity as identities
 from modelfsd.access_times import AccessTimes
-from modelfsd.bootstrap import Bootstrap, Entered, info_for_strangers
+from modelfsd.admission import Admission
+from modelfsd.announcements import Announcement
+from modelfsd.bootstrap import Bootstrap, Entered
 from modelfsd.cache_drop import CacheDrop
 from modelfsd.chunks import Chunks
 from modelfsd.config import Config
 from modelfsd.contents import Contents
 from modelfsd.control import ControlServer
-from modelfsd.discovery import Announcement, Discovery
+from modelfsd.discovery import Discovery
 from modelfsd.disk import DiskChunkStore
 from modelfsd.feed import Feed
 from modelfsd.files import Files
@@ -50,7 +52,7 @@ from modelfsd.mounts import MountBusy
 from modelfsd.namespace import Namespace
 from modelfsd.notifier import Notifier
 from modelfsd.operations import Operations
-from modelfsd.peer_client import PeerClient
+from modelfsd.peer_client import PeerClient, ask_member
 from modelfsd.peer_server import PeerServer
 from modelfsd.policies import Policies
 from modelfsd.pusher import Pusher
@@ -59,8 +61,10 @@ from modelfsd.repairer import Repairer
 from modelfsd.replica_file import ReplicaFile
 from modelfsd.replicator import Replicator
 from modelfsd.retention import Retention
+from modelfsd.security import Security
 from modelfsd.space import Space
 from modelfsd.status import Status
+from modelfsd.tls import Tls
 from modelfsd.tree import Tree
 from modelfsd.upkeep import Upkeep, UpkeepParts
 from modelfsd.writer import Writer
@@ -101,12 +105,7 @@ def _first(group: BaseExceptionGroup[ModelfsError]) -> ModelfsError:
 
 async def _run(config: Config, ready: Ready) -> None:
     async with Discovery(config.listen[0]) as discovery:
-        stranger = PeerClient(identities.NO_CLUSTER, identities.load(config.state_dir).node, "")
-        try:
-            bootstrap = Bootstrap(config, discovery, stranger.fetch_info)
-            entered = await bootstrap.enter()
-        finally:
-            stranger.close()
+        entered = await Bootstrap(config, discovery, ask_member).enter()
         try:
             async with entered.store, trio.open_nursery() as nursery:
                 if entered.member is not None:
@@ -130,6 +129,7 @@ class Node:
     ) -> None:
         self._config, self._identity = config, entered.identity
         self._store, self._member, self._discovery = entered.store, entered.member, discovery
+        self._tls = Tls(entered.keys, entered.identity.party, entered.identity.data_tls)
         self._nursery = nursery
         self._warnings: list[str] = []
         path = config.state_dir / "namespace.sqlite"
@@ -150,7 +150,8 @@ class Node:
             try:
                 self._nursery.start_soon(self._feed.run)
                 self._nursery.start_soon(self._repairer.run, self._chunks)
-                await self._register()
+                self._nursery.start_soon(self._security.run)
+                await self._membership.keep_registered(self._nursery.start_soon)
                 self._nursery.start_soon(self._upkeep.run)
                 self._nursery.start_soon(self._retention.run)
                 await self._serve(ready)
@@ -168,7 +169,7 @@ class Node:
             DiskChunkStore, config.state_dir / "chunks", _cache_bytes(config)
         )
         self._repairer = Repairer()
-        self._peers = PeerClient(identity.cluster, identity.node, config.name)
+        self._peers = PeerClient(self._tls, config.name)
         self._chunks = Chunks(
             identity.node,
             self._feed.mirror,
@@ -178,13 +179,32 @@ class Node:
             self._nursery.start_soon,
         )
         self._contents = Contents(self._chunks, read_memory_bytes(), self._nursery.start_soon)
+        self._admission = Admission(
+            identity,
+            self._tls.keys,
+            self._store,
+            self._feed.mirror,
+            config.listen,
+            lambda: self._store.endpoints,
+        )
         self._server = PeerServer(
             self._disk,
-            identity.cluster,
-            identity.node,
+            self._tls,
             config.name,
-            lambda: info_for_strangers(identity, self._store.endpoints),
+            self._admission.info,
+            self._admission.admit,
             self._repairer.report_from_thread,
+        )
+        self._security = Security(
+            self._tls,
+            config.listen[0],
+            config.state_dir,
+            self._store,
+            self._member,
+            not config.etcd,
+            self._feed.mirror,
+            self._server,
+            self._peers,
         )
 
     def _build_kernel_side(self) -> None:
@@ -233,7 +253,8 @@ class Node:
         )
         retained = (self._retention.retained,)
         self._upkeep = Upkeep(parts, grace, config.down_out_seconds, retained)
-        for listener in (cache, leases, self._membership, self._upkeep, self._retention):
+        watchers = (self._security, cache, leases, self._membership, self._upkeep, self._retention)
+        for listener in watchers:
             self._feed.listen(listener.on_changes)
         self._feed.listen(self._on_changes)
         self._membership.on_changes([NodeChanged(n, r) for n, r in mirror.nodes.items()])
@@ -263,34 +284,8 @@ class Node:
                     known.append(endpoint)
         if known != list(self._store.endpoints):
             self._store.set_endpoints(known)
-            identity = self._identity
-            self._identity = identity.in_cluster(
-                identity.cluster, identity.cluster_name, tuple(known)
-            )
+            self._identity = self._identity.knowing(tuple(known))
             identities.save(self._config.state_dir, self._identity)
-
-    async def _register(self) -> None:
-        """Register, or if etcd does not answer now, go on trying while reads are served."""
-        try:
-            await self._membership.register()
-        except MetadataUnavailable as error:
-            log.warning(
-                "starting without etcd (%s): reads only, of what this node knew last", error
-            )
-            self._nursery.start_soon(self._register_later)
-            return
-        self._nursery.start_soon(self._membership.run)
-
-    async def _register_later(self) -> None:
-        while True:
-            await trio.sleep(1)
-            try:
-                await self._membership.register()
-            except MetadataUnavailable as error:
-                log.debug("still no etcd: %s", error)
-                continue
-            log.info("etcd is back: this node is registered")
-            return await self._membership.run()
 
     # ------------------------------------------------------------ mounted
 
@@ -304,6 +299,7 @@ class Node:
             "counters": self._counters,
             "drop": self._drop.drop,
             "stop": self._stop,
+            "token": self._admission.token,
             "versions": history.versions,
             "restore": history.restore,
             "policy": Policies(self._namespace).policy,
@@ -337,6 +333,7 @@ class Node:
                 config.listen[1],
                 config.etcd_client_port if self._member else 0,
                 config.zone,
+                int(identity.founded_at * 1000),
             )
         )
         log.info("mounted %s: cluster %s", config.mountpoint, identity.cluster_name)

@@ -30,7 +30,7 @@ from modelfs.errors import (
     PeerUnavailable,
     ProtocolError,
 )
-from modelfs.ids import ChunkId, ClusterId, NodeId
+from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import (
     CONNECTIONS_PER_PEER,
     HAS_CHUNKS_MAX,
@@ -40,7 +40,8 @@ from modelfs.limits import (
 )
 from modelfs.wire import FailureKind
 from modelfsd.buffers import empty_buffer
-from modelfsd.peer_link import Conversation, Identity, Link
+from modelfsd.peer_link import Conversation, Link
+from modelfsd.tls import Tls
 
 THREADS_MAX = 128  # 32 peers with all their connections busy
 LATENCY_SECONDS_MIN = 0.0005  # of a peer that was never asked, so that its queue counts
@@ -85,8 +86,8 @@ class _Peer:
 class PeerClient:
     """Implements `modelfs.ports.PeerTransport`. All methods belong to trio's thread."""
 
-    def __init__(self, cluster: ClusterId, node: NodeId, name: str) -> None:
-        self._identity = Identity(cluster, node, name)
+    def __init__(self, tls: Tls, name: str) -> None:
+        self._tls, self._name = tls, name
         self._peers: dict[NodeId, _Peer] = {}
         self._threads = trio.CapacityLimiter(THREADS_MAX)
 
@@ -96,7 +97,7 @@ class PeerClient:
         """Say where a peer is to be found. Requests under way go on."""
         peer = self._peers.get(node)
         if peer is None:
-            self._peers[node] = _Peer(Link(node, self._identity, host, port))
+            self._peers[node] = _Peer(Link(node, self._tls, self._name, host, port))
         elif (peer.link.host, peer.link.port) != (host, port):
             peer.link.host, peer.link.port = host, port
             peer.link.drop_idle()
@@ -154,7 +155,7 @@ class PeerClient:
         answered = False
         try:
             data = await self._converse(
-                peer, patience, lambda talk: _fetch(talk, ref, offset, size)
+                peer, patience, lambda talk: _fetch(talk, ref, offset, size), is_bulk=True
             )
             answered = True
             return data
@@ -176,6 +177,7 @@ class PeerClient:
             PUT_PATIENCE_SECONDS,
             lambda talk: _expect_ok(talk, message, data),
             is_write=True,
+            is_bulk=True,
         )
 
     async def sync(self, node: NodeId, incarnation: str | None = None) -> None:
@@ -234,7 +236,7 @@ class PeerClient:
         return time.monotonic() - started
 
     async def fetch_info(self, host: str, port: int) -> dict[str, Any]:
-        """What the node at an address tells a stranger who wants to join.
+        """What the node of our cluster at an address tells a member.
 
         Raises PeerUnavailable, with the address in place of a node id.
         """
@@ -245,12 +247,18 @@ class PeerClient:
                 _raise_failure(talk, reply)
             return reply.info
 
-        stranger = Identity("", self._identity.node, self._identity.name)
-        peer = _Peer(Link(NodeId(f"{host}:{port}"), stranger, host, port))
-        try:
-            return await self._converse(peer, PEER_PATIENCE_SECONDS, exchange)
-        finally:
-            peer.link.close()
+        return await self._ask_address(host, port, exchange)
+
+    async def fetch_letter(self, host: str, port: int, request: bytes) -> bytes:
+        """What a member at an address answers to our JOIN. Raises PeerUnavailable, PeerRefused."""
+
+        def exchange(talk: Conversation[bytes]) -> bytes:
+            reply = talk.ask(wire.Join(request)).message
+            if not isinstance(reply, wire.JoinReply):
+                _raise_failure(talk, reply)
+            return reply.answer
+
+        return await self._ask_address(host, port, exchange)
 
     # ------------------------------------------------------------ inside
 
@@ -260,13 +268,26 @@ class PeerClient:
             raise PeerUnavailable(node, "its address is not known")
         return peer
 
+    async def _ask_address(self, host: str, port: int, exchange: Exchange[T]) -> T:
+        node = NodeId(f"{host}:{port}")
+        peer = _Peer(Link(node, self._tls, self._name, host, port, is_any=True))
+        try:
+            return await self._converse(peer, PEER_PATIENCE_SECONDS, exchange)
+        finally:
+            peer.link.close()
+
     async def _converse(
-        self, peer: _Peer, patience: float, exchange: Exchange[T], is_write: bool = False
+        self,
+        peer: _Peer,
+        patience: float,
+        exchange: Exchange[T],
+        is_write: bool = False,
+        is_bulk: bool = False,
     ) -> T:
         peer.inflight += 1
         try:
             async with _turn(peer, patience, is_write):
-                conversation = Conversation(peer.link, patience, exchange)
+                conversation = Conversation(peer.link, patience, exchange, is_bulk)
                 try:
                     return await trio.to_thread.run_sync(
                         conversation.run, abandon_on_cancel=True, limiter=self._threads
@@ -275,6 +296,15 @@ class PeerClient:
                     conversation.abandon()
         finally:
             peer.inflight -= 1
+
+
+async def ask_member(tls: Tls, host: str, port: int) -> dict[str, Any]:
+    """What a member at an address says, before there is a node to ask for it."""
+    client = PeerClient(tls, "")
+    try:
+        return await client.fetch_info(host, port)
+    finally:
+        client.close()
 
 
 @asynccontextmanager

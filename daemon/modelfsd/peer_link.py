@@ -26,6 +26,8 @@ from modelfs.errors import PeerUnavailable, ProtocolError
 from modelfs.ids import NodeId
 from modelfs.limits import CONNECT_SECONDS
 from modelfsd.frame_channel import FrameChannel
+from modelfsd.secure_channel import SecureChannel
+from modelfsd.tls import Tls, TlsFailed
 
 WAIT_SECONDS = 0.1  # how often a blocked call looks whether the peer still lives
 STALL_SECONDS = 60.0  # without a byte on its own connection a request ends, however lively the peer
@@ -41,20 +43,11 @@ class Abandoned(ConnectionAbortedError):
     """Nobody waits for this conversation any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who asks. An empty cluster is a stranger's, who may ask for `info` only."""
-
-    cluster: str
-    node: str
-    name: str
-
-
 @dataclass(slots=True)
 class Connection:
     """A connection whose hellos have been exchanged."""
 
-    channel: FrameChannel
+    channel: SecureChannel
     hello: wire.Hello
     requests: int = 0  # the id of the last request
     in_step: bool = True  # False from a request's first byte to its reply's last
@@ -63,41 +56,50 @@ class Connection:
 class Link:
     """The connections to one peer. Safe to use from many threads."""
 
-    def __init__(self, node: NodeId, identity: Identity, host: str, port: int) -> None:
-        self.node, self.identity = node, identity
-        self.host, self.port = host, port
+    def __init__(
+        self, node: NodeId, tls: Tls, name: str, host: str, port: int, is_any: bool = False
+    ) -> None:
+        """`is_any`: whichever node of the cluster is at that address."""
+        self.node, self._tls, self._name = node, tls, name
+        self.host, self.port, self._is_any = host, port, is_any
         self.heard_at = self.failed_at = float("-inf")
         self.bytes_in = self.bytes_out = 0  # of the connections that have ended
         self.connects = self.failures = 0
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []  # used last in, first out, so that spares grow old
+        # Last in, first out, so that spares grow old; in TLS, and those that have left it.
+        self._idle: tuple[list[Connection], list[Connection]] = ([], [])
         self._in_use: set[FrameChannel] = set()
         self._is_closed = False
 
-    def take(self) -> Connection | None:
-        """An idle connection, if there is one."""
+    def take(self, is_bulk: bool) -> Connection | None:
+        """An idle connection, if there is one. Bulk goes in the clear where the cluster says so."""
         with self._lock:
-            if not self._idle:
+            idle = self._idle[is_bulk and not self._tls.data_tls]
+            if not idle:
                 return None
-            connection = self._idle.pop()
+            connection = idle.pop()
             self._in_use.add(connection.channel)
             return connection
 
-    def connect(self, check: Callable[[FrameChannel], Callable[[], None]]) -> Connection:
+    def connect(
+        self, check: Callable[[FrameChannel], Callable[[], None]], is_bulk: bool
+    ) -> Connection:
         """A fresh connection. Raises OSError, ProtocolError, PeerUnavailable (a wrong peer)."""
         try:
             connection = socket.create_connection((self.host, self.port), CONNECT_SECONDS)
         except OSError:
             self.fail()
             raise
-        channel = FrameChannel(connection, WAIT_SECONDS, self._hear)
+        context = self._tls.client
+        channel = SecureChannel(connection, WAIT_SECONDS, context, False, self._hear)
         with self._lock:
             self.connects += 1
             self._in_use.add(channel)
             if self._is_closed:
                 channel.shut_down()
         try:
-            return Connection(channel, self._greet(channel, check(channel)))
+            plain = is_bulk and not self._tls.data_tls
+            return Connection(channel, self._greet(channel, check(channel), plain))
         except BaseException:
             self.drop(channel)
             raise
@@ -107,7 +109,7 @@ class Link:
         with self._lock:
             self._in_use.discard(connection.channel)
             if not self._is_closed:
-                self._idle.append(connection)
+                self._idle[connection.channel.is_plain].append(connection)
                 return
         self.drop(connection.channel)
 
@@ -122,7 +124,7 @@ class Link:
     def drop_idle(self) -> None:
         """Close the connections that nobody uses: the peer has restarted, or moved."""
         with self._lock:
-            idle, self._idle = self._idle, []
+            idle, self._idle = [*self._idle[0], *self._idle[1]], ([], [])
         for connection in idle:
             self.drop(connection.channel)
 
@@ -147,7 +149,8 @@ class Link:
     def traffic(self) -> tuple[int, int]:
         """Bytes in and out, over all connections."""
         with self._lock:
-            channels = [*self._in_use, *(connection.channel for connection in self._idle)]
+            idle = [*self._idle[0], *self._idle[1]]
+            channels = [*self._in_use, *(connection.channel for connection in idle)]
             return (
                 self.bytes_in + sum(channel.bytes_in for channel in channels),
                 self.bytes_out + sum(channel.bytes_out for channel in channels),
@@ -156,10 +159,15 @@ class Link:
     def _hear(self) -> None:
         self.heard_at = time.monotonic()
 
-    def _greet(self, channel: FrameChannel, check: Callable[[], None]) -> wire.Hello:
-        ours = self.identity
+    def _greet(self, channel: SecureChannel, check: Callable[[], None], plain: bool) -> wire.Hello:
+        ours = self._tls.party
+        party = channel.handshake(check)
+        if party is None or party.cluster != ours.cluster:
+            raise PeerUnavailable(self.node, f"{self.host}:{self.port} is of another cluster")
+        if party.node in self._tls.refused:
+            raise PeerUnavailable(self.node, "it was removed from the cluster")
         hello = wire.Hello(
-            wire.VERSION_MIN, wire.VERSION_MAX, ours.cluster, ours.node, ours.name, ""
+            wire.VERSION_MIN, wire.VERSION_MAX, ours.cluster, ours.node, self._name, "", plain
         )
         channel.send([wire.encode(0, hello)], check)
         frame = channel.next_frame(check)
@@ -171,12 +179,12 @@ class Link:
         if not isinstance(theirs, wire.Hello):
             raise ProtocolError(f"{type(theirs).__name__} instead of a greeting")
         wire.negotiate(theirs)
-        if ours.cluster and theirs.cluster != ours.cluster:
-            raise PeerUnavailable(
-                self.node, f"{self.host}:{self.port} belongs to cluster {theirs.cluster}"
-            )
-        if ours.cluster and theirs.node != self.node:
-            raise PeerUnavailable(self.node, f"{self.host}:{self.port} is node {theirs.node}")
+        if theirs.cluster != party.cluster or theirs.node != party.node:
+            raise PeerUnavailable(self.node, f"it shows the certificate of node {party.node}")
+        if party.node != self.node and not self._is_any:
+            raise PeerUnavailable(self.node, f"{self.host}:{self.port} is node {party.node}")
+        if theirs.plain:
+            channel.go_plain(check)
         return theirs
 
 
@@ -184,9 +192,14 @@ class Conversation(Generic[T]):
     """One request and its reply, on a worker thread."""
 
     def __init__(
-        self, link: Link, patience: float, exchange: Callable[[Conversation[T]], T]
+        self,
+        link: Link,
+        patience: float,
+        exchange: Callable[[Conversation[T]], T],
+        is_bulk: bool = False,
     ) -> None:
         self.link = link
+        self._is_bulk = is_bulk
         self.connection: Connection | None = None
         self._patience = patience
         self._exchange = exchange
@@ -204,7 +217,7 @@ class Conversation(Generic[T]):
         requests may safely be made twice.
         """
         link = self.link
-        pooled = link.take()
+        pooled = link.take(self._is_bulk)
         try:
             if pooled is not None:
                 heard_bytes = pooled.channel.bytes_in
@@ -214,7 +227,9 @@ class Conversation(Generic[T]):
                     if self._is_abandoned or pooled.channel.bytes_in != heard_bytes:
                         raise
                     link.drop_idle()
-            return self._attempt(link.connect(self._watch))
+            return self._attempt(link.connect(self._watch, self._is_bulk))
+        except TlsFailed as error:
+            raise PeerUnavailable(link.node, f"{error} ({link.host}:{link.port})") from error
         except ProtocolError as error:
             raise PeerUnavailable(link.node, f"it sent nonsense: {error}") from error
         except OSError as error:

@@ -16,16 +16,17 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from modelfs.chunk import ChunkRef
 from modelfs.errors import ProtocolError, UserError
-from modelfs.ids import ClusterId, NodeId
+from modelfs.ids import NodeId
 from modelfs.limits import CONNECTIONS_MAX
 from modelfs.ports import ChunkStore
 from modelfsd.peer_session import PeerService, PeerSession
+from modelfsd.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +56,17 @@ class PeerServer:
     def __init__(
         self,
         store: ChunkStore,
-        cluster: ClusterId,
-        node: NodeId,
+        tls: Tls,
         name: str,
-        info: Callable[[], dict[str, Any]],
+        info: Callable[[bool], dict[str, Any]],
+        admit: Callable[[bytes, NodeId | None], bytes],
         on_damage: Callable[[ChunkRef], None],
     ) -> None:
-        """`info` and `on_damage` are called on connection threads and must not block for long."""
+        """`info` (for a member?), `admit` (a request, of which member if of one) and `on_damage`
+        are called on connection threads; only `admit` may block for long.
+        """
         self.incarnation = os.urandom(8).hex()
-        self._service = PeerService(store, cluster, node, name, self.incarnation, info, on_damage)
+        self._service = PeerService(store, tls, name, self.incarnation, info, admit, on_damage)
         self._listener: socket.socket | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -115,6 +118,16 @@ class PeerServer:
                 log.warning("thread %s is stuck in a disk access and is left behind", thread.name)
         if self._listener is not None:
             self._listener.close()
+
+    def refuse(self, nodes: Collection[NodeId]) -> None:
+        """End the connections of nodes that `Tls` refuses from now on.
+
+        A session notes who it is with before it looks whom to refuse, so none slips through.
+        """
+        with self._lock:
+            sessions = [session for session in self._sessions if session.peer in nodes]
+        for session in sessions:
+            session.channel.shut_down()
 
     def statistics(self) -> PeerServerStatistics:
         """A snapshot of the counters."""

@@ -1,4 +1,6 @@
-"""One connection of a peer, at the server: hello, then requests in order. `modelfs.wire` says how.
+"""One connection of a peer, at the server: TLS, hello, then requests in order (`modelfs.wire`).
+
+Rule 0: who shows no certificate may ask INFO and JOIN; who shows one is who it says, or is refused.
 
 Rule 1: a malformed frame, a stall or an end of the stream ends this connection and nothing else.
 Rule 2: what the store raises becomes a FAILURE frame, and the connection goes on.
@@ -28,13 +30,15 @@ from modelfs.chunk import (
     table_checksum,
 )
 from modelfs.errors import ChunkMissing, CorruptChunk, ModelfsError, OutOfSpace, ProtocolError
-from modelfs.ids import ChunkId, ClusterId, NodeId
+from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import MIB
 from modelfs.ports import ChunkStore, Holding, OpenChunk
 from modelfs.wire import FailureKind
 from modelfsd.buffers import BufferPool
 from modelfsd.chunk_file import DAMAGE_ERRNOS
-from modelfsd.frame_channel import FrameChannel
+from modelfsd.secure_channel import SecureChannel
+from modelfsd.tls import Tls
+from modelfsd.tokens import TokenRefused
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +50,13 @@ BYTES_PER_SECOND_MIN = 256 << 10  # who takes less holds a thread for nothing
 PULSE_SECONDS = 0.1  # a request that takes longer is answered by WORKING frames meanwhile
 WORKING_SECONDS_MAX = 60.0  # ... but not for ever: a disk that takes longer is as good as dead
 RECEIVE_BYTES_MAX = 256 * MIB  # all puts under way together
+FOR_STRANGERS = wire.Info | wire.Join
+BULK = wire.Get | wire.Put  # what may go in the clear
 READAHEAD_BYTES_MIN = 256 << 10  # below that the kernel's own readahead does as well
+
+
+class AdmissionFailed(ModelfsError):
+    """Nobody can be let in just now."""
 
 
 class DiskFailed(ModelfsError):
@@ -58,11 +68,11 @@ class PeerService:
     """What all connections of one server share."""
 
     store: ChunkStore
-    cluster: ClusterId
-    node: NodeId
+    tls: Tls
     name: str
     incarnation: str
-    info: Callable[[], dict[str, Any]]
+    info: Callable[[bool], dict[str, Any]]
+    admit: Callable[[bytes, NodeId | None], bytes]
     on_damage: Callable[[ChunkRef], None]
     pool: BufferPool = field(default_factory=lambda: BufferPool(RECEIVE_BYTES_MAX))
     requests: Counter[str] = field(default_factory=Counter)
@@ -90,7 +100,8 @@ class PeerSession:
 
     def __init__(self, service: PeerService, connection: socket.socket, address: str) -> None:
         self.address = address
-        self.channel = FrameChannel(connection, WAIT_SECONDS)
+        self.channel = SecureChannel(connection, WAIT_SECONDS, service.tls.server, True)
+        self.peer: NodeId | None = None  # who has proved to be at the other end
         self._service = service
         self._is_member = False
         self._deadline = time.monotonic() + HELLO_SECONDS
@@ -116,8 +127,10 @@ class PeerSession:
             kind = type(frame.message).__name__.lower()
             with self._service.lock:
                 self._service.requests[kind] += 1
-            if not self._is_member and not isinstance(frame.message, wire.Info | wire.Ping):
-                text = f"{kind} is for members of the cluster"
+            allowed = BULK if self.channel.is_plain else None if self._is_member else FOR_STRANGERS
+            if allowed is not None and not isinstance(frame.message, allowed):
+                whom = "connections in TLS" if self._is_member else "members of the cluster"
+                text = f"{kind} is for {whom}"
                 self._reply(frame.request, self._failure(FailureKind.REFUSED, text))
                 return
             self._serve(frame)
@@ -131,14 +144,17 @@ class PeerSession:
     # ------------------------------------------------------------ inside
 
     def _greet(self) -> bool:
-        """Exchange hellos. False if the peer has gone or is not one to talk to."""
+        """Exchange proofs and hellos. False if the peer has gone or is not one to talk to."""
+        party = self.channel.handshake(self._check)
+        if party is not None and party.cluster == self._service.tls.party.cluster:
+            self.peer = party.node  # before the check below: see `PeerServer.refuse`
         frame = self.channel.next_frame(self._check)
         if frame is None:
             return False
         theirs = frame.message
         if not isinstance(theirs, wire.Hello):
             raise ProtocolError(f"{type(theirs).__name__} before HELLO")
-        ours = self._service
+        service, ours = self._service, self._service.tls.party
         refusal: wire.Failure | None = None
         try:
             wire.negotiate(theirs)
@@ -147,23 +163,33 @@ class PeerSession:
         if theirs.cluster and theirs.cluster != ours.cluster:
             refusal = self._failure(
                 FailureKind.WRONG_CLUSTER,
-                f"node {ours.node} ({ours.name}) belongs to cluster {ours.cluster}, "
+                f"node {ours.node} ({service.name}) belongs to cluster {ours.cluster}, "
                 f"not to {theirs.cluster}",
             )
-        self._is_member = theirs.cluster == ours.cluster
-        self._reply(
-            frame.request,
-            refusal
-            or wire.Hello(
-                wire.VERSION_MIN,
-                wire.VERSION_MAX,
-                ours.cluster,
-                ours.node,
-                ours.name,
-                ours.incarnation,
-            ),
+        elif theirs.cluster and theirs.node != self.peer:
+            shown = f"shows the certificate of {self.peer}" if self.peer else "shows no certificate"
+            text = f"who calls itself node {theirs.node} {shown}"
+            refusal = self._failure(FailureKind.REFUSED, text)
+        elif self.peer in service.tls.refused:
+            text = f"node {self.peer} was removed from the cluster"
+            refusal = self._failure(FailureKind.REFUSED, text)
+        self._is_member = self.peer is not None and bool(theirs.cluster)
+        plain = theirs.plain and self._is_member and not service.tls.data_tls
+        hello = wire.Hello(
+            wire.VERSION_MIN,
+            wire.VERSION_MAX,
+            ours.cluster,
+            ours.node,
+            service.name,
+            service.incarnation,
+            plain,
         )
-        return refusal is None
+        self._reply(frame.request, refusal or hello)
+        if refusal is not None:
+            raise ProtocolError(f"refused: {refusal.text}")
+        if plain:
+            self.channel.go_plain(self._check)
+        return True
 
     def _serve(self, frame: wire.Frame) -> None:
         """Answer one request."""
@@ -181,6 +207,11 @@ class PeerSession:
             reply = self._failure(FailureKind.CORRUPT, str(error))
         except OutOfSpace as error:
             reply = self._failure(FailureKind.NO_SPACE, str(error))
+        except AdmissionFailed as error:
+            reply = self._failure(FailureKind.UNAVAILABLE, str(error))
+        except TokenRefused as error:
+            log.warning("%s was not let in: %s", self.address, error)
+            reply = self._failure(FailureKind.REFUSED, str(error))
         except DiskFailed as error:
             log.error("a request of %s failed: %s", self.address, error)
             reply = self._failure(FailureKind.REFUSED, str(error))
@@ -204,7 +235,9 @@ class PeerSession:
                 with _disk_errors():
                     service.judge(wire.chunk_ref(message))
             case wire.Info():
-                return wire.InfoReply(service.info())
+                return wire.InfoReply(service.info(self._is_member))
+            case wire.Join():
+                return wire.JoinReply(service.admit(message.request, self.peer))
             case wire.Ping():
                 pass
             case _:

@@ -5,18 +5,17 @@ Nothing here touches a file or a socket; `keyring` keeps the files, `tls` makes 
 A cluster has an authority of its own: an ECDSA P-256 key with a certificate that signs itself. It
 signs two certificates for each node, over one key of that node's:
 
-    node      names the node (a URI), the cluster (a DNS name), and the address it listens on. Its
-              data port and its etcd member show it.
+    node      names the node (a URI), and the address it listens on, for the other members of
+              etcd. Its data port and its etcd member show it.
     client    names the node alone. etcd holds a client's address against the addresses that its
               certificate names; a machine with two of them, or behind NAT, would be turned away.
 
-    URI       modelfs://<cluster>/<node>: who it is; what the peer protocol looks at
-    DNS       <cluster>.modelfs: what gRPC asks of an etcd member, whatever its address
+The URI is modelfs://<cluster>/<node>; it is what the peer protocol looks at.
 
 Rule: the serial number of all of a node's certificates is its id. RFC 5280 wants numbers that are
 used once, for authorities that sign for the public. Here a list of revoked numbers is a list of
 nodes: one entry takes every certificate that a node has, or renewed a moment ago. (What verifies
-them here, OpenSSL, BoringSSL and Go, does not ask for uniqueness.)
+them here, OpenSSL and Go, does not ask for uniqueness.)
 
 Times: a certificate is valid for `NODE_DAYS` and renewed after two thirds of that; the authority
 lasts for `AUTHORITY_DAYS`. Validity begins a little before it is signed, as clocks differ.
@@ -72,11 +71,6 @@ class Authority:
     key: PrivateKey
 
 
-def cluster_host(cluster: ClusterId) -> str:
-    """The DNS name that the certificates of all nodes of a cluster have."""
-    return f"{cluster}.modelfs"
-
-
 def new_key() -> PrivateKey:
     """A key for a node or an authority."""
     return ec.generate_private_key(ec.SECP256R1())
@@ -109,7 +103,6 @@ def issue(
     """(node, client): the two certificates of a node with this key, at these IP addresses."""
     names: list[x509.GeneralName] = [
         x509.UniformResourceIdentifier(party.uri),
-        x509.DNSName(cluster_host(party.cluster)),
         *(x509.IPAddress(ipaddress.ip_address(address)) for address in addresses),
     ]
     both = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
@@ -214,6 +207,15 @@ def revocation_list(authority: Authority, nodes: Iterable[NodeId], now: float) -
         builder = builder.add_revoked_certificate(revoked.revocation_date(starts).build())
     signed = builder.sign(authority.key, hashes.SHA256())
     return signed.public_bytes(serialization.Encoding.PEM)
+
+
+def listed(data: bytes) -> set[NodeId]:
+    """The nodes on such a list. Raises `ProtocolError`."""
+    try:
+        revoked = x509.load_pem_x509_crl(data)
+    except ValueError as error:
+        raise ProtocolError(f"this is not a list of revoked certificates: {error}") from None
+    return {NodeId(f"{each.serial_number & ~(1 << 64):016x}") for each in revoked}
 
 
 # ---------------------------------------------------------------- bytes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ from modelfs.testing.contract_metadata import METADATA_CLAIMS, Claim, collect, p
 from modelfs.testing.metadata import CommitFault, MemoryMetadataStore
 from modelfsd.etcd import EtcdStore
 from modelfsd.etcd_member import EtcdMember
+from tests.pki_parts import etcd_tls
 
 HANG_SECONDS = 60  # a guard only
 _prefixes = count()
@@ -51,14 +52,20 @@ class EtcdHarness:
         """Real time does it."""
 
 
+OpenStore = Callable[[bytes], EtcdStore]
+
+
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def open_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenStore]:
     """A real etcd on a loopback address of this module's own."""
     directory: Path = tmp_path_factory.mktemp("etcd")
-    member = EtcdMember(directory, NodeId("c0" * 8), "127.61.1.1", 12379, 12380)
+    name, address = NodeId("c0" * 8), "127.61.1.1"
+    tls = etcd_tls(directory, name, address)
+    member = EtcdMember(directory, name, address, 12379, 12380, tls)
     try:
         trio.run(member.found)
-        yield member.client_endpoint
+        endpoint = [member.client_endpoint]
+        yield lambda prefix: EtcdStore(endpoint, prefix, tls.credentials())
     finally:
         trio.run(member.stop)
 
@@ -74,10 +81,10 @@ def test_memory(claim: Claim) -> None:
 
 @pytest.mark.etcd
 @pytest.mark.parametrize("claim", METADATA_CLAIMS, ids=lambda claim: claim.__name__)
-def test_etcd(claim: Claim, endpoint: str) -> None:
+def test_etcd(claim: Claim, open_store: OpenStore) -> None:
     async def main() -> None:
         with trio.fail_after(HANG_SECONDS):
-            async with EtcdStore([endpoint], prefix=b"test%d/" % next(_prefixes)) as store:
+            async with open_store(b"test%d/" % next(_prefixes)) as store:
                 await claim(EtcdHarness(store))
 
     trio.run(main)
@@ -106,10 +113,10 @@ def random_txn(random: Random, revisions: list[int]) -> Txn:
 
 @pytest.mark.etcd
 @pytest.mark.parametrize("seed", range(3))
-def test_memory_and_etcd_agree_on_random_transactions(seed: int, endpoint: str) -> None:
+def test_memory_and_etcd_agree_on_random_transactions(seed: int, open_store: OpenStore) -> None:
     async def main() -> None:
         memory, random = MemoryMetadataStore(), Random(seed)
-        async with EtcdStore([endpoint], prefix=b"agree%d/" % seed) as etcd:
+        async with open_store(b"agree%d/" % seed) as etcd:
             shift = (await etcd.load(b""))[0] - memory.revision
             revisions: list[int] = []
             for _ in range(250):

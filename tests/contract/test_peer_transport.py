@@ -8,14 +8,14 @@ import pytest
 import trio
 
 from modelfs.chunk import describe
-from modelfs.ids import ChunkId, ClusterId, NodeId
+from modelfs.ids import ChunkId, NodeId
 from modelfs.ports import ChunkStore, Holding
 from modelfs.testing.contract_chunks import Open, PeersUnderTest, PeerTransportContract
 from modelfs.testing.stores import MemoryChunkStore, MemoryPeers
 from modelfsd.peer_client import PeerClient
 from modelfsd.peer_server import PeerServer
+from tests.pki_parts import tls_of
 
-CLUSTER = ClusterId("c" * 16)
 NODES = (NodeId("1" * 16), NodeId("2" * 16))
 CAPACITY_BYTES = 10_000_000
 HANG_GUARD_SECONDS = 60
@@ -54,18 +54,27 @@ class TestMemoryPeers(PeerTransportContract):
 
 
 class TestSocketPeers(PeerTransportContract):
-    @pytest.fixture
-    def run(self) -> Open:
+    @pytest.fixture(params=[True, False], ids=["tls", "plain"])
+    def run(self, request: pytest.FixtureRequest) -> Open:
+        data_tls = request.param
+
         def run(scenario: Callable[[PeersUnderTest], Awaitable[None]]) -> None:
             stores = _stores()
             servers = {
-                node: PeerServer(store, CLUSTER, node, "test", dict, lambda ref: None)
+                node: PeerServer(
+                    store,
+                    tls_of(node, data_tls=data_tls),
+                    "test",
+                    lambda is_member: {},
+                    lambda letter, member: b"",
+                    lambda ref: None,
+                )
                 for node, store in stores.items()
             }
             addresses = {node: server.start("127.0.0.1", 0) for node, server in servers.items()}
 
             async def over_sockets() -> None:
-                client = PeerClient(CLUSTER, NodeId("9" * 16), "client")
+                client = PeerClient(tls_of(NodeId("9" * 16), data_tls=data_tls), "client")
                 for node, address in addresses.items():
                     client.set_address(node, *address)
                 ports: dict[NodeId, ChunkStore] = dict(stores)

@@ -155,12 +155,12 @@ def test_deep_nesting_is_refused() -> None:
 
 
 def test_fields_of_a_later_version_are_ignored() -> None:
-    header = msgspec.msgpack.encode([1, 2, "cluster", "node", "name", "incarnation", "new", [1]])
+    header = msgspec.msgpack.encode([1, 2, "cluster", "node", "name", "incarnation", True, [1]])
     reader = FrameReader()
     reader.receive(wire.PREFIX.pack(wire.MAGIC, Kind.HELLO, 0, 0, 0, len(header), 0) + header)
     frame = reader.next_frame()
     assert frame is not None
-    assert frame.message == wire.Hello(1, 2, "cluster", "node", "name", "incarnation")
+    assert frame.message == wire.Hello(1, 2, "cluster", "node", "name", "incarnation", True)
 
 
 def test_the_largest_messages_fit_the_bounds() -> None:

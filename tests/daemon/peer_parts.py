@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -10,12 +11,13 @@ from random import Random
 
 from modelfs import wire
 from modelfs.chunk import ChunkRef, describe
-from modelfs.ids import ClusterId, NodeId
+from modelfs.ids import NodeId
 from modelfs.testing.stores import MemoryChunkStore
 from modelfsd.peer_client import PeerClient
 from modelfsd.peer_server import PeerServer
+from modelfsd.tls import Tls
+from tests.pki_parts import CLUSTER, tls_of
 
-CLUSTER = ClusterId("c" * 16)
 SERVER, CLIENT = NodeId("1" * 16), NodeId("9" * 16)
 GUARD_SECONDS = 60.0
 SHORT = 0.4  # seconds of patience, for peers that will not answer
@@ -30,28 +32,45 @@ def make(length: int, seed: int = 0) -> tuple[ChunkRef, bytes, bytes]:
 class Served:
     """A server with a memory store, and what it reported."""
 
-    def __init__(self, store: MemoryChunkStore, cluster: ClusterId = CLUSTER) -> None:
-        self.store = store
+    def __init__(self, store: MemoryChunkStore, data_tls: bool, tls: Tls | None) -> None:
+        self.store, self.data_tls = store, data_tls
+        self.tls = tls or tls_of(SERVER, data_tls=data_tls)
         self.damaged: list[ChunkRef] = []
-        self.server = PeerServer(
-            store, cluster, SERVER, "served", lambda: {"etcd": ["url"]}, self.damaged.append
-        )
+        self.letters: list[tuple[bytes, NodeId | None]] = []
+        self.server = self.new_server()
         self.host, self.port = self.server.start("127.0.0.1", 0)
 
-    def client(self) -> PeerClient:
-        client = PeerClient(CLUSTER, CLIENT, "client")
+    def new_server(self) -> PeerServer:
+        return PeerServer(
+            self.store,
+            self.tls,
+            "served",
+            lambda is_member: {"etcd": ["url"] if is_member else []},
+            self.admit,
+            self.damaged.append,
+        )
+
+    def admit(self, letter: bytes, member: NodeId | None) -> bytes:
+        self.letters.append((letter, member))
+        return b"welcome"
+
+    def client(self, tls: Tls | None = None) -> PeerClient:
+        client = PeerClient(tls or tls_of(CLIENT, data_tls=self.data_tls), "client")
         client.set_address(SERVER, self.host, self.port)
         return client
 
-    def raw(self) -> socket.socket:
+    def raw(self, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
+        """A connection after the TLS handshake; by default with the client's certificate."""
         connection = socket.create_connection((self.host, self.port))
         connection.settimeout(GUARD_SECONDS)
-        return connection
+        return (context or tls_of(CLIENT).client).wrap_socket(connection)
 
 
 @contextmanager
-def served(store: MemoryChunkStore | None = None) -> Iterator[Served]:
-    peer = Served(store or MemoryChunkStore())
+def served(
+    store: MemoryChunkStore | None = None, data_tls: bool = True, tls: Tls | None = None
+) -> Iterator[Served]:
+    peer = Served(store or MemoryChunkStore(), data_tls, tls)
     try:
         yield peer
     finally:
@@ -60,31 +79,34 @@ def served(store: MemoryChunkStore | None = None) -> Iterator[Served]:
 
 @contextmanager
 def strange_peer(talk: Callable[[socket.socket], None]) -> Iterator[tuple[PeerClient, int]]:
-    """A peer whose connections are each handled by `talk`, and a client of it."""
+    """A peer that proves itself and whose connections are then handled by `talk`; its client."""
     listener = socket.create_server(("127.0.0.1", 0))
     threads: list[threading.Thread] = []
-    opened: list[socket.socket] = []
+    opened: list[ssl.SSLSocket] = []
 
     def accept() -> None:
         while True:
             try:
-                connection, _ = listener.accept()
+                accepted, _ = listener.accept()
             except OSError:
                 return
+            context = tls_of(SERVER).server
+            connection = context.wrap_socket(accepted, True, do_handshake_on_connect=False)
             opened.append(connection)
             thread = threading.Thread(target=serve, args=(connection,))
             threads.append(thread)
             thread.start()
 
-    def serve(connection: socket.socket) -> None:
+    def serve(connection: ssl.SSLSocket) -> None:
         try:
+            connection.do_handshake()
             talk(connection)
         except OSError:
             return  # the client has left
 
     acceptor = threading.Thread(target=accept)
     acceptor.start()
-    client = PeerClient(CLUSTER, CLIENT, "client")
+    client = PeerClient(tls_of(CLIENT), "client")
     port = listener.getsockname()[1]
     client.set_address(SERVER, "127.0.0.1", port)
     try:
@@ -97,7 +119,7 @@ def strange_peer(talk: Callable[[socket.socket], None]) -> Iterator[tuple[PeerCl
         for connection in opened:
             with closing(connection):
                 try:
-                    connection.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
                 except OSError:
                     continue
         for thread in threads:

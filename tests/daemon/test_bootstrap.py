@@ -24,10 +24,17 @@ from modelfs.ports import KeyValue, Put, Txn, TxnResult
 from modelfs.testing.metadata import CommitFault, MemoryMetadataStore
 from modelfsd import bootstrap as bootstraps
 from modelfsd import identity as identities
-from modelfsd.bootstrap import FORMAT, Bootstrap, ClusterRecord, Entered, info_for_strangers
+from modelfsd import pki
+from modelfsd.addresses import HostPort
+from modelfsd.announcements import Announcement, Found
+from modelfsd.bootstrap import Bootstrap, Entered
+from modelfsd.cluster_record import ClusterRecord
 from modelfsd.config import Config
-from modelfsd.discovery import Found
-from modelfsd.identity import Identity
+from modelfsd.joining import FORMAT, Applicant, Unreachable, Welcome
+from modelfsd.pki import Party
+from modelfsd.tls import Tls
+from modelfsd.tokens import new_token
+from tests.pki_parts import authority
 
 OURS, THEIRS = ClusterId("c" * 16), ClusterId("d" * 16)
 ENDPOINT = "10.0.0.1:7421"
@@ -38,6 +45,8 @@ class Network:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.found: list[Found] = []
+        self.announced: list[Announcement] = []
+        self.asked: list[HostPort] = []
         self.infos: dict[tuple[str, int], dict[str, Any]] = {}
         self.etcds: dict[str, MemoryMetadataStore] = {}
         network = self
@@ -45,8 +54,8 @@ class Network:
         class Store:
             """As much of `EtcdStore` as entering needs."""
 
-            def __init__(self, endpoints: Sequence[str]) -> None:
-                self.endpoints = tuple(endpoints)
+            def __init__(self, endpoints: Sequence[str], credentials: object) -> None:
+                self.endpoints, self.credentials = tuple(endpoints), credentials
 
             def set_endpoints(self, endpoints: Sequence[str]) -> None:
                 self.endpoints = tuple(endpoints)
@@ -69,14 +78,17 @@ class Network:
 
         monkeypatch.setattr(bootstraps, "EtcdStore", Store)
 
-    async def browse_for(self, seconds: float, until: object) -> list[Found]:
+    async def announce(self, announcement: Announcement) -> None:
+        self.announced.append(announcement)
+
+    async def browse_for(self, seconds: float) -> list[Found]:
         await trio.sleep(seconds)
         return self.found
 
     def snapshot(self) -> list[Found]:
         return self.found
 
-    async def fetch_info(self, host: str, port: int) -> dict[str, Any]:
+    async def fetch_info(self, tls: Tls, host: str, port: int) -> dict[str, Any]:
         await trio.lowlevel.checkpoint()
         if (host, port) not in self.infos:
             raise PeerUnavailable(NodeId("?"), "connection refused")
@@ -88,16 +100,33 @@ class Network:
         record = msgspec.msgpack.encode(ClusterRecord(id, name, format, 1.0))
         await self.etcds[endpoint].commit(Txn((), (Put(keys.CLUSTER, record),)))
 
-    def node(
-        self, cluster: ClusterId, name: str, port: int, changes: dict[str, Any] | None = None
-    ) -> Found:
-        """A node that is announced and says how to join."""
-        identity = Identity(NodeId("e" * 16), cluster, name)
-        self.infos["10.0.0.1", port] = info_for_strangers(identity, (ENDPOINT,))
-        self.infos["10.0.0.1", port] |= changes or {}
+    def node(self, cluster: ClusterId, name: str, port: int) -> Found:
+        """A node that is announced, and answers members."""
+        info = {"cluster": cluster, "endpoints": [ENDPOINT], "format": FORMAT, "time": time.time()}
+        if cluster == OURS:
+            self.infos["10.0.0.1", port] = info
         found = Found(NodeId("e" * 16), cluster, name, "10.0.0.1", port, 0, "", 1)
         self.found.append(found)
         return found
+
+    def let_in(self, applicant: Applicant, address: HostPort) -> Welcome:
+        """What a member answers to JOIN."""
+        self.asked.append(address)
+        if address not in self.infos:
+            raise Unreachable(f"{address[0]}: connection refused")
+        ours = authority(OURS)
+        party = Party(OURS, applicant.node)
+        node, client = pki.issue(ours, applicant.key.public_key(), party, [], time.time())
+        return Welcome(
+            FORMAT, OURS, "lab", True, pki.to_der(node), pki.to_der(client),
+            pki.to_der(ours.certificate), pki.key_to_pem(ours.key), [pki.to_der(ours.certificate)],
+            [], [ENDPOINT],
+        )  # fmt: skip
+
+
+TOKEN, _ = new_token(
+    OURS, pki.fingerprint(authority(OURS).certificate), [("10.0.0.1", 1)], 0.0, 1.0, 1
+)
 
 
 @pytest.fixture
@@ -112,66 +141,82 @@ async def enter(network: Network, state_dir: Path, **settings: object) -> Entere
     listen = ("127.0.0.1", 7420)
     config = Config(state_dir / "mnt", state_dir, "gpu-1", listen, unused, **chosen)
     discovery: Any = network
-    return await Bootstrap(config, discovery, network.fetch_info).enter()
+    return await Bootstrap(config, discovery, network.fetch_info, network.let_in).enter()
 
 
-@pytest.mark.expected_logs("could not become a voter")
-async def test_the_only_cluster_that_is_announced_is_joined(
-    tmp_path: Path, network: Network, virtual_time: trio.testing.MockClock
-) -> None:
-    await network.cluster(OURS, "lab", ENDPOINT)
+async def join(network: Network, state_dir: Path, endpoint: str) -> Entered:
+    """A member of OURS, whose etcd is the user's own."""
+    await network.cluster(OURS, "lab", endpoint)
     network.node(OURS, "lab", 1)
-    network.node(OURS, "lab", 2)
-    entered = await enter(network, tmp_path)
-    assert (entered.identity.cluster, entered.identity.cluster_name) == (OURS, "lab")
-    assert identities.load(tmp_path) == entered.identity
-    assert entered.identity.endpoints == (ENDPOINT,)
+    return await enter(network, state_dir, etcd=(endpoint,), join=TOKEN)
 
 
-async def test_of_several_clusters_the_user_must_choose(
+async def test_without_a_token_the_user_is_told_how_to_get_in(
     tmp_path: Path, network: Network, virtual_time: trio.testing.MockClock
 ) -> None:
     network.node(OURS, "lab", 1)
     network.node(THEIRS, "theirs", 2)
-    with pytest.raises(UserError, match=r"(?s)lab: --peer 10.0.0.1:1.*theirs: --peer 10.0.0.1:2"):
-        await enter(network, tmp_path)
-    assert identities.load(tmp_path).cluster == ""
-
-
-async def test_a_peer_is_waited_for_and_then_the_user_is_told(
-    tmp_path: Path, network: Network, virtual_time: trio.testing.MockClock
-) -> None:
-    with pytest.raises(UserError, match=r"10.0.0.9:7: check the address"):
-        await enter(network, tmp_path, peers=(("10.0.0.9", 7),))
-    assert trio.current_time() == pytest.approx(bootstraps.PEER_SECONDS, abs=1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"time": time.time() - 4000}, r"clock is .* s away"),
-        ({"format": FORMAT + 1}, "install the same version"),
-        ({"cluster": "no id"}, "does not say how to join"),
-        ({"endpoints": []}, "does not say how to join"),
-        ({"endpoints": [7]}, "does not say how to join"),
-        ({"endpoints": ["x" * 1000]}, "does not say how to join"),
-        ({"time": "noon"}, "does not say how to join"),
-        ({"time": float("nan")}, "does not say how to join|clock"),
-        ({"cluster": THEIRS}, "does not hold the cluster"),
-    ],
-)
-async def test_a_peer_that_does_not_fit_is_refused(
-    tmp_path: Path,
-    network: Network,
-    virtual_time: trio.testing.MockClock,
-    changes: dict[str, Any],
-    told: str,
-) -> None:
-    await network.cluster(OURS, "lab", ENDPOINT)
-    network.node(OURS, "lab", 1, changes)
+    told = r"(?s)lab .*10.0.0.1:1.*theirs .*10.0.0.1:2.*modelfs token.*mnt --join TOKEN"
     with pytest.raises(UserError, match=told):
+        await enter(network, tmp_path)
+    with pytest.raises(UserError, match=r"needs a token.*modelfs token.*--join TOKEN"):
         await enter(network, tmp_path, peers=(("10.0.0.1", 1),))
     assert identities.load(tmp_path).cluster == ""
+    assert not (tmp_path / "pki").exists() and not network.asked
+
+
+@pytest.mark.expected_logs("could not become a voter")
+async def test_a_token_lets_a_node_in_for_good(
+    tmp_path: Path, network: Network, virtual_time: trio.testing.MockClock
+) -> None:
+    await network.cluster(OURS, "lab", ENDPOINT)
+    network.node(THEIRS, "theirs", 9)  # not asked: the token is not of that cluster
+    network.node(OURS, "lab", 2)
+    entered = await enter(network, tmp_path, join=TOKEN, peers=(("10.0.0.7", 7),))
+    assert (entered.identity.cluster, entered.identity.cluster_name) == (OURS, "lab")
+    assert identities.load(tmp_path) == entered.identity
+    assert entered.identity.endpoints == (ENDPOINT,)
+    assert network.asked == [("10.0.0.7", 7), ("10.0.0.1", 1), ("10.0.0.1", 2)]
+    keys = entered.keys.load()
+    assert keys.node.serial_number == pki.serial_of(entered.identity.node)
+    assert pki.addresses_of(keys.node) == {"127.0.0.1"}, "what the member left out is put right"
+    again = await enter(network, tmp_path)
+    assert again.identity == entered.identity and len(network.asked) == 3
+    await enter(network, tmp_path, join=TOKEN)  # as in fstab: it is in already
+
+
+async def test_members_are_waited_for_and_then_the_user_is_told(
+    tmp_path: Path, network: Network, virtual_time: trio.testing.MockClock
+) -> None:
+    with pytest.raises(UserError, match=r"no node .* can be reached .*refused.*--peer HOST:PORT"):
+        await enter(network, tmp_path, join=TOKEN)
+    assert trio.current_time() == pytest.approx(bootstraps.JOIN_SECONDS, abs=1)
+    assert identities.load(tmp_path).cluster == ""
+
+
+async def test_a_token_of_another_cluster_is_refused(tmp_path: Path, network: Network) -> None:
+    network.etcds["ext"] = MemoryMetadataStore()
+    await enter(network, tmp_path, etcd=("ext",))
+    with pytest.raises(UserError, match="the join token is of another one"):
+        await enter(network, tmp_path, join=TOKEN)
+    with pytest.raises(UserError, match="either joins a cluster or founds one"):
+        await enter(network, tmp_path / "new", join=TOKEN, new_cluster="lab")
+
+
+async def test_a_removed_node_is_told_so(tmp_path: Path, network: Network) -> None:
+    network.etcds["ext"] = MemoryMetadataStore()
+    await enter(network, tmp_path, etcd=("ext",))
+    identities.mark_removed(tmp_path)
+    with pytest.raises(UserError, match="was removed from the cluster"):
+        await enter(network, tmp_path, etcd=("ext",))
+
+
+async def test_lost_keys_are_told_with_what_to_do(tmp_path: Path, network: Network) -> None:
+    network.etcds["ext"] = MemoryMetadataStore()
+    await enter(network, tmp_path, etcd=("ext",))
+    (tmp_path / "pki" / "ca.key").unlink()
+    with pytest.raises(UserError, match="keys of this node are missing"):
+        await enter(network, tmp_path, etcd=("ext",))
 
 
 @pytest.mark.parametrize("fault", [None, *CommitFault])
@@ -183,29 +228,34 @@ async def test_an_empty_external_etcd_becomes_a_cluster_with_a_root(
     entered = await enter(network, tmp_path / "one", etcd=("ext",), new_cluster="lab")
     root = await network.etcds["ext"].get(keys.inode(ROOT_INODE))
     assert root is not None and decode_inode(root.value).is_directory
-    again = await enter(network, tmp_path / "two", etcd=("ext",))
-    assert again.identity.cluster == entered.identity.cluster
-    assert again.identity.node != entered.identity.node
+    again = await enter(network, tmp_path / "one", etcd=("ext",))
+    assert again.identity == entered.identity
+    with pytest.raises(UserError, match=r"holds the cluster lab.*modelfs token"):
+        await enter(network, tmp_path / "two", etcd=("ext",))
 
 
 async def test_two_who_found_at_once_found_one_cluster(tmp_path: Path, network: Network) -> None:
     network.etcds["ext"] = MemoryMetadataStore()
     found: list[Entered] = []
+    told: list[UserError] = []
 
     async def start(name: str) -> None:
-        found.append(await enter(network, tmp_path / name, etcd=("ext",)))
+        try:
+            found.append(await enter(network, tmp_path / name, etcd=("ext",)))
+        except UserError as error:
+            told.append(error)
+            assert not (tmp_path / name / "pki").exists()
 
     async with trio.open_nursery() as nursery:
         for name in "abc":
             nursery.start_soon(start, name)
-    assert len({entered.identity.cluster for entered in found}) == 1
+    assert len(found) == 1 and len(told) == 2 and "modelfs token" in str(told[0])
 
 
 async def test_a_state_directory_stays_with_its_cluster(tmp_path: Path, network: Network) -> None:
-    await network.cluster(OURS, "lab", "ext")
+    await join(network, tmp_path, "ext")
     await network.cluster(THEIRS, "theirs", "other")
     network.etcds["empty"] = MemoryMetadataStore()
-    await enter(network, tmp_path, etcd=("ext",))
     with pytest.raises(UserError, match="another --state-dir"):
         await enter(network, tmp_path, etcd=("other",))
     with pytest.raises(UserError, match="holds no cluster"):
@@ -221,8 +271,7 @@ async def test_a_state_directory_stays_with_its_cluster(tmp_path: Path, network:
 async def test_without_etcd_a_known_node_starts_and_a_new_one_says_why_not(
     tmp_path: Path, network: Network, virtual_time: trio.testing.MockClock
 ) -> None:
-    await network.cluster(OURS, "lab", "ext")
-    await enter(network, tmp_path, etcd=("ext",))
+    await join(network, tmp_path, "ext")
     network.etcds.clear()
     assert (await enter(network, tmp_path, etcd=("ext",))).identity.cluster == OURS
     assert (await enter(network, tmp_path)).identity.cluster == OURS
@@ -234,8 +283,8 @@ async def test_without_etcd_a_known_node_starts_and_a_new_one_says_why_not(
 async def test_a_node_finds_its_cluster_again_at_a_new_address(
     tmp_path: Path, network: Network, virtual_time: trio.testing.MockClock
 ) -> None:
-    await network.cluster(OURS, "lab", "old")
-    await enter(network, tmp_path, etcd=("old",))
+    await join(network, tmp_path, "old")
+    network.found.clear()
     network.etcds[ENDPOINT] = network.etcds.pop("old")
     network.node(THEIRS, "theirs", 1)
     network.node(OURS, "lab", 2)

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 
 from modelfs.errors import UserError
 from modelfsd import show
-from modelfsd.cli import choose_daemon
+from modelfsd.choosing import choose_daemon
 from modelfsd.registry import Registry
 
 ROOT = Path(__file__).parents[2]
@@ -124,11 +124,12 @@ def test_the_help_names_what_there_is_and_nothing_else() -> None:
         "policy",
         "restore",
         "recover",
+        "token",
         "lab",
         "cache",
     ):
         assert f"  {command} " in done.stdout
-    for command in ("token", "scrub", "fsck"):
+    for command in ("scrub", "fsck"):
         assert command not in done.stdout
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modelfs.errors import UserError
+from modelfs.ids import ClusterId
 from modelfsd.addresses import (
     format_host_port,
     machine_address,
@@ -18,6 +19,7 @@ from modelfsd.addresses import (
     resolve_listen,
 )
 from modelfsd.config import CONFIG_VARIABLE, Config, load_config
+from modelfsd.tokens import format_token, new_token
 
 HOME = {"HOME": "/home/ada"}
 
@@ -88,7 +90,9 @@ def test_mount_options_add_up(settings: Path) -> None:
         ({"listen": "127.0.0.1:65534"}, "etcd needs the next two"),
         ({"listen": "0.0.0.0"}, "other nodes can reach"),
         ({"listen": "no.such.host.invalid"}, "is unknown"),
-        ({"etcd": ["https://e:2379"]}, "not TLS"),
+        ({"etcd": ["https://e:2379", "http://f:2379"]}, "some of the URLs are https://"),
+        ({"data_tls": "maybe"}, "--data-tls: 'maybe' is neither on nor off"),
+        ({"join": "modelfs-what?"}, "--join: this join token is damaged"),
         ({"etcd": ["ftp://e"]}, "is not an etcd endpoint"),
         ({"new_cluster": "a b"}, "--new-cluster: 'a b' is not a name"),
         ({"name": "../x"}, "is not a name"),
@@ -109,7 +113,10 @@ def test_a_wrong_value_in_the_environment_names_its_variable() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("replica = 3", "'replica' is unknown; the known settings are cache_size, down_out"),
+        (
+            "replica = 3",
+            "'replica' is unknown; the known settings are cache_size, data_tls, down_out",
+        ),
         ("replicas = [3]", "replicas: "),
         ("replicas = true", "is not a text"),
         ("replicas = ", "is not TOML"),
@@ -196,6 +203,25 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["http://e:1", "http://e:1/", "e:1"])
 def test_an_etcd_endpoint_is_a_url_or_an_address(text: str) -> None:
     assert parse_endpoint(text) == "e:1"
+
+
+def test_an_etcd_with_tls_is_told_by_its_url() -> None:
+    assert parse_endpoint("https://e:1") == "https://e:1"
+    config = load({}, etcd=["https://e:1", "https://f"], etcd_ca="/ca.pem")
+    assert (config.etcd, config.etcd_tls) == (("e:1", "f:2379"), True)
+    words = config.arguments()
+    assert words.count("--etcd") == 2 and "https://e:1" in words and "/ca.pem" in words
+
+
+def test_a_token_is_in_no_command_line_and_no_repr(monkeypatch: pytest.MonkeyPatch) -> None:
+    token, _ = new_token(ClusterId("c" * 16), bytes(32), [("h", 1)], 0.0, 1.0, 1)
+    line = format_token(token)
+    config = load({"MODELFS_JOIN": line})
+    assert config.join == token
+    words = config.arguments()
+    assert words[words.index("--join") + 1] == "-"
+    shown = f"{words} {config!r}"
+    assert line not in shown and repr(token.secret) not in shown
 
 
 def test_this_machine_has_an_address_to_listen_on() -> None:

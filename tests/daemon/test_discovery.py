@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 
 from modelfs.errors import ProtocolError
 from modelfs.ids import ClusterId, NodeId, is_node_id
-from modelfsd.discovery import (
-    EVENTS_MAX,
-    FOUND_MAX,
-    SERVICE,
-    Announcement,
-    Discovery,
-    Found,
-    Lost,
-    parse,
-)
+from modelfsd.announcements import FOUNDING, SERVICE, UP, Announcement, Found, Lost, parse
+from modelfsd.discovery import EVENTS_MAX, FOUND_MAX, Discovery
 
 HANG_SECONDS = 30  # a guard only
 ALPHA, BETA = NodeId("a" * 16), NodeId("b" * 16)
@@ -182,7 +174,9 @@ texts = st.one_of(
 
 
 @given(
-    st.dictionaries(st.sampled_from([b"v", b"cluster", b"name", b"etcd", b"zone"]), texts),
+    st.dictionaries(
+        st.sampled_from([b"v", b"cluster", b"name", b"etcd", b"zone", b"since", b"state"]), texts
+    ),
     st.lists(st.sampled_from(["127.0.0.1", "10.0.0.1", "fd00::1", "224.0.0.1", "0.0.0.0", "::"])),
     st.one_of(st.none(), st.integers(0, 0xFFFF)),
 )
@@ -198,6 +192,8 @@ def test_whatever_is_announced_is_either_well_formed_or_a_protocol_error(
     assert 1 <= node.port <= 0xFFFF
     assert 0 <= node.etcd_port <= 0xFFFF
     assert 1 <= node.protocol <= 0xFFFF
+    assert 0 <= node.since_ms < 10**15
+    assert node.state in (UP, FOUNDING)
     for label in (node.cluster_name, node.zone):
         assert label.isprintable()
         assert len(label.encode()) <= 64

@@ -21,7 +21,11 @@ from modelfs.testing.contract_metadata import put
 from modelfsd import etcd_process
 from modelfsd.etcd import EtcdStore, MemberInfo
 from modelfsd.etcd_join import JOIN_KEY, Role, wanted_role
-from modelfsd.etcd_member import EtcdMember, MemberCorrupt, MemberRemoved, Standing
+from modelfsd.etcd_member import EtcdMember, MemberCorrupt, MemberRemoved
+from modelfsd.etcd_standing import Standing
+from modelfsd.etcd_tls import EtcdTls
+from modelfsd.keyring import KeyRing
+from tests.pki_parts import etcd_tls
 
 pytestmark = pytest.mark.etcd
 
@@ -34,7 +38,20 @@ def new_member(root: Path, number: int | None = None) -> EtcdMember:
     """A member on a loopback address that no other test uses."""
     number = next(_numbers) if number is None else number
     name = NodeId(f"{number:016x}")
-    return EtcdMember(root / name, name, f"127.61.2.{number}", CLIENT_PORT, PEER_PORT)
+    return member_at(root / name, name, f"127.61.2.{number}")
+
+
+def member_at(directory: Path, name: NodeId, address: str) -> EtcdMember:
+    """A member with certificates for its address."""
+    tls = etcd_tls(directory, name, address)
+    return EtcdMember(directory, name, address, CLIENT_PORT, PEER_PORT, tls)
+
+
+def store_of(member: EtcdMember) -> EtcdStore:
+    """A client of a member, with that node's certificate."""
+    directory = member.process.data_directory.parent
+    credentials = EtcdTls(KeyRing(directory)).credentials()
+    return EtcdStore([member.client_endpoint], credentials=credentials)
 
 
 @asynccontextmanager
@@ -43,7 +60,7 @@ async def cluster(root: Path, size: int) -> AsyncIterator[tuple[list[EtcdMember]
     members = [new_member(root) for _ in range(size)]
     try:
         await members[0].found()
-        async with EtcdStore([members[0].client_endpoint]) as store:
+        async with store_of(members[0]) as store:
             for member in members[1:]:
                 await member.join(store)
             store.set_endpoints([member.client_endpoint for member in members])
@@ -80,13 +97,9 @@ def test_a_founded_member_comes_back_with_its_data(tmp_path: Path) -> None:
             assert members[0].standing is Standing.MEMBER
             await put(store, b"a", b"kept")
             await members[0].stop()
-            again = EtcdMember(
-                members[0].process.data_directory.parent,
-                NodeId(f"{1:016x}"),
-                "127.61.2.101",  # the machine got another address meanwhile
-                CLIENT_PORT,
-                PEER_PORT,
-            )
+            # The machine got another address meanwhile.
+            directory = members[0].process.data_directory.parent
+            again = member_at(directory, NodeId(f"{1:016x}"), "127.61.2.101")
             try:
                 await again.resume()
                 store.set_endpoints([again.client_endpoint])
@@ -202,9 +215,13 @@ def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
 DAEMON = """
 import sys, trio
 from pathlib import Path
+from modelfsd.etcd_tls import EtcdTls
 from modelfsd.etcd_member import EtcdMember
+from modelfsd.keyring import KeyRing
 async def main():
-    member = EtcdMember(Path(sys.argv[1]), sys.argv[2], sys.argv[3], 12379, 12380)
+    directory = Path(sys.argv[1])
+    tls = EtcdTls(KeyRing(directory))
+    member = EtcdMember(directory, sys.argv[2], sys.argv[3], 12379, 12380, tls)
     await member.found()
     print(member.process.pid, flush=True)
     await trio.sleep_forever()

@@ -21,6 +21,7 @@ from modelfsd.etcd import EtcdStore
 from modelfsd.etcd_channel import Fate, judge
 from modelfsd.etcd_http2 import Status
 from modelfsd.etcd_member import EtcdMember
+from tests.pki_parts import etcd_tls
 
 HANG_SECONDS = 120  # a guard only
 _numbers = count(1)
@@ -33,10 +34,12 @@ async def cluster(root: Path, size: int) -> AsyncIterator[tuple[list[EtcdMember]
     for _ in range(size):
         number = next(_numbers)
         name = NodeId(f"{number:016x}")
-        members.append(EtcdMember(root / name, name, f"127.61.3.{number}", 12379, 12380))
+        address = f"127.61.3.{number}"
+        tls = etcd_tls(root / name, name, address)
+        members.append(EtcdMember(root / name, name, address, 12379, 12380, tls))
     try:
         await members[0].found()
-        async with EtcdStore([members[0].client_endpoint]) as store:
+        async with EtcdStore([members[0].client_endpoint], credentials=tls.credentials()) as store:
             for member in members[1:]:
                 await member.join(store)
             store.set_endpoints([member.client_endpoint for member in members])

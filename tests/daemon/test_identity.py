@@ -17,7 +17,7 @@ from modelfsd import identity as identities
 def test_the_id_is_made_once(tmp_path: Path) -> None:
     first = identities.load(tmp_path)
     assert is_node_id(first.node) and first.cluster == ""
-    joined = first.in_cluster(ClusterId("c" * 16), "lab", ("http://one:1", "http://two:2"))
+    joined = first.in_cluster(ClusterId("c" * 16), "lab", ("one:1", "two:2"), False, 7.5)
     identities.save(tmp_path, joined)
     assert identities.load(tmp_path) == joined
 

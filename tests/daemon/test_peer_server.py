@@ -9,19 +9,12 @@ from contextlib import closing
 import pytest
 
 from modelfs import wire
-from modelfs.errors import (
-    PeerUnavailable,
-    UserError,
-)
-from modelfs.ids import ClusterId
+from modelfs.errors import UserError
 from modelfs.limits import MIB
 from modelfs.ports import Holding
 from modelfsd import peer_session
-from modelfsd.peer_client import PeerClient
-from modelfsd.peer_server import PeerServer
 from tests.daemon.peer_parts import (
     CLIENT,
-    CLUSTER,
     GUARD_SECONDS,
     SERVER,
     hello,
@@ -31,6 +24,8 @@ from tests.daemon.peer_parts import (
     wait_for_end,
 )
 
+OURS = hello(node=CLIENT)
+
 
 @pytest.mark.expected_logs("closed the connection")
 @pytest.mark.parametrize(
@@ -38,10 +33,14 @@ from tests.daemon.peer_parts import (
     [
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         wire.encode(0, wire.Ping()),
-        hello() + wire.encode(1, wire.Ok()),
-        hello() + wire.PREFIX.pack(wire.MAGIC, wire.Kind.PUT, 0, 0, 1, 1 << 31, 0),
-        hello() + wire.PREFIX.pack(wire.MAGIC, wire.Kind.PUT, 0, 0, 1, 9, 1 << 31) + bytes(9),
-        hello() + wire.PREFIX.pack(wire.MAGIC, wire.Kind.GET, 0, 0, 1, 3, 0) + b"\xc1\xc1\xc1",
+        hello(node=CLIENT) + wire.encode(1, wire.Ok()),
+        OURS + wire.PREFIX.pack(wire.MAGIC, wire.Kind.PUT, 0, 0, 1, 1 << 31, 0),
+        hello(node=CLIENT)
+        + wire.PREFIX.pack(wire.MAGIC, wire.Kind.PUT, 0, 0, 1, 9, 1 << 31)
+        + bytes(9),
+        hello(node=CLIENT)
+        + wire.PREFIX.pack(wire.MAGIC, wire.Kind.GET, 0, 0, 1, 3, 0)
+        + b"\xc1\xc1\xc1",
     ],
 )
 def test_garbage_ends_its_connection_and_no_other(garbage: bytes) -> None:
@@ -91,12 +90,13 @@ def test_a_put_that_fails_its_checksum_is_refused_and_the_connection_goes_on() -
         assert peer.store.usage().owned_chunks == 0
 
 
+@pytest.mark.expected_logs("refused: ")
 @pytest.mark.parametrize(
     ("greeting", "kind"),
     [
         (hello(cluster="d" * 16), wire.FailureKind.WRONG_CLUSTER),
-        (hello(version=99), wire.FailureKind.VERSION),
-        (hello(cluster="") + wire.encode(0, wire.Sync()), wire.FailureKind.REFUSED),
+        (hello(node=CLIENT, version=99), wire.FailureKind.VERSION),
+        (hello(node=SERVER), wire.FailureKind.REFUSED),
     ],
 )
 def test_who_does_not_belong_is_told_why_and_cut_off(
@@ -104,25 +104,10 @@ def test_who_does_not_belong_is_told_why_and_cut_off(
 ) -> None:
     with served() as peer, closing(peer.raw()) as connection:
         connection.sendall(greeting)
-        last = read_frames(connection, 2 if kind is wire.FailureKind.REFUSED else 1)[-1].message
+        last = read_frames(connection, 1)[-1].message
         assert isinstance(last, wire.Failure)
         assert last.kind is kind
         wait_for_end(connection)
-
-
-async def test_a_wrong_cluster_is_reported_with_the_facts() -> None:
-    with served() as peer:
-        client = PeerClient(ClusterId("d" * 16), CLIENT, "client")
-        client.set_address(SERVER, peer.host, peer.port)
-        with pytest.raises(PeerUnavailable, match="belongs to cluster cccc"):
-            await client.ping(SERVER)
-
-
-async def test_a_stranger_learns_what_is_needed_to_join() -> None:
-    with served() as peer:
-        client = PeerClient(ClusterId(""), CLIENT, "stranger")
-        assert await client.fetch_info(peer.host, peer.port) == {"etcd": ["url"]}
-        assert await peer.client().fetch_info(peer.host, peer.port) == {"etcd": ["url"]}
 
 
 @pytest.mark.expected_logs("closed the connection")
@@ -183,8 +168,8 @@ def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatc
     with served() as peer, closing(peer.raw()) as first:
         first.sendall(hello(node=CLIENT))
         read_frames(first, 1)
-        with closing(peer.raw()) as second:
-            wait_for_end(second)
+        with pytest.raises(OSError, match=r"reset|EOF|closed"):
+            peer.raw()
         assert peer.server.statistics().connections_refused == 1
 
 
@@ -193,7 +178,7 @@ def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatc
 
 def test_a_taken_port_is_named_with_what_to_do() -> None:
     with served() as peer:
-        other = PeerServer(peer.store, CLUSTER, SERVER, "other", dict, peer.damaged.append)
+        other = peer.new_server()
         with pytest.raises(UserError, match=rf"127\.0\.0\.1 port {peer.port}.*--listen"):
             other.start(peer.host, peer.port)
         other.stop()

@@ -24,10 +24,8 @@ from modelfs.limits import BLOCK_BYTES, CONNECTIONS_PER_PEER, MIB
 from modelfs.ports import Holding, OpenChunk
 from modelfs.testing.stores import MemoryChunkStore
 from modelfsd import peer_session
-from modelfsd.peer_server import PeerServer
 from tests.daemon.peer_parts import (
     CLIENT,
-    CLUSTER,
     GUARD_SECONDS,
     SERVER,
     SHORT,
@@ -161,7 +159,7 @@ async def test_a_restarted_peer_costs_nobody_an_error() -> None:
         assert await client.fetch(SERVER, ref, 0, 100, 5) == data
         before = await client.incarnation(SERVER)
         peer.server.stop()
-        peer.server = PeerServer(peer.store, CLUSTER, SERVER, "again", dict, peer.damaged.append)
+        peer.server = peer.new_server()
         peer.server.start(peer.host, peer.port)
         assert await client.fetch(SERVER, ref, 0, 100, 5) == data
         with pytest.raises(PeerUnavailable, match="restarted"):

@@ -28,11 +28,10 @@ def ring(directory: Path, now: float | None = None) -> KeyRing:
     return keys
 
 
-def test_a_certificate_names_node_cluster_and_address(tmp_path: Path) -> None:
+def test_a_certificate_names_node_and_address(tmp_path: Path) -> None:
     keys = ring(tmp_path).load()
     names = keys.node.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.UniformResourceIdentifier) == [PARTY.uri]
-    assert names.get_values_for_type(x509.DNSName) == [pki.cluster_host(CLUSTER)]
     assert pki.addresses_of(keys.node) == {"10.0.0.5"}
     assert pki.addresses_of(keys.client) == set()
     assert keys.node.serial_number == keys.client.serial_number == pki.serial_of(NODE)

@@ -15,7 +15,9 @@ from modelfs.inode import Dentry, Inode, encode
 from modelfs.limits import MIB, TRANSACTION_OPS_MAX
 from modelfs.ports import Delete, Put, Txn
 from modelfsd.etcd import EtcdStore
+from modelfsd.etcd_tls import EtcdTls
 from modelfsd.kernel_inodes import VIEW_BITS
+from modelfsd.keyring import KeyRing
 from modelfsd.lab import Lab
 from modelfsd.lab_state import LabNode
 from tests.mount.mount_parts import Dirs, ask, run
@@ -48,11 +50,13 @@ def empty(node: LabNode, parent: InodeNumber, count: int) -> None:
 
 def commit(node: LabNode, ops: list[Put | Delete]) -> None:
     """Carry out many operations, a transaction's worth at a time."""
-    endpoints = ask(node, "status")["etcd"]["endpoints"]
+    status = ask(node, "status")
+    endpoints = status["etcd"]["endpoints"]
+    credentials = EtcdTls(KeyRing(node.state_dir)).credentials()
     step = TRANSACTION_OPS_MAX - 2
 
     async def commit_all() -> None:
-        async with EtcdStore(endpoints) as store:
+        async with EtcdStore(endpoints, credentials=credentials) as store:
             for start in range(0, len(ops), step):
                 sequence = Put(keys.SEQ, b"test:%d:%d" % (time.time_ns(), start))
                 await store.commit(Txn((), (*ops[start : start + step], sequence)))

@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from modelfsd import mounts
+from modelfsd import mounts, tokens
 from modelfsd.control import call
 from modelfsd.lab import Lab
 from tests.mount.mount_parts import CHILD_SECONDS, has_quorum, in_child, refused, run, wait_until
@@ -31,9 +32,8 @@ def net_lab(test_root: Path) -> Iterator[Lab]:
         yield lab
 
 
-def test_a_machine_without_settings_finds_the_cluster_and_joins(
-    net_lab: Lab, test_root: Path
-) -> None:
+def test_a_new_machine_is_told_how_to_join_and_joins(net_lab: Lab, test_root: Path) -> None:
+    """Without a token it is told what to type; with one it finds a member by zeroconf alone."""
     (net_lab.nodes[0].mount / "model").write_bytes(CONTENTS)
     pid = net_lab.nodes[2].pid
     with tempfile.TemporaryDirectory(prefix="zeroconf-", dir=test_root) as place:
@@ -46,13 +46,28 @@ def test_a_machine_without_settings_finds_the_cluster_and_joins(
             "MODELFS_CONFIG": "/dev/null",
         }
         command = [*enter, "mount", str(mount), "--state-dir", str(state), "--name", "newcomer"]
-        try:
-            subprocess.run(
-                [*command, "--listen", f"{net_lab.nodes[2].address}:7520"],
-                check=True,
+        command += ["--listen", f"{net_lab.nodes[2].address}:7520"]
+
+        def start(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*command, *arguments],
                 env=environment,
                 timeout=CHILD_SECONDS,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
             )
+
+        refusal = start()
+        assert refusal.returncode == 2
+        assert f"modelfs mount {mount} --join TOKEN" in refusal.stderr
+        assert not (state / "pki").exists() and not (state / "etcd").exists()
+        line = call(net_lab.nodes[1].control_path, "token", CHILD_SECONDS)["token"]
+        stale = msgspec.structs.replace(tokens.parse_token(line), addresses=[("10.88.0.99", 7420)])
+        (Path(place) / "token").write_text(tokens.format_token(stale))
+        joined = start("--join", f"{place}/token")
+        assert joined.returncode == 0, joined.stderr
+        try:
             assert (mount / "model").read_bytes() == CONTENTS
             told = call(state / "control.sock", "status", CHILD_SECONDS)
             assert {node["name"] for node in told["nodes"]} == {"n1", "n2", "n3", "newcomer"}
@@ -61,6 +76,9 @@ def test_a_machine_without_settings_finds_the_cluster_and_joins(
             subprocess.run(
                 [*enter, "umount", str(mount)], check=True, env=environment, timeout=CHILD_SECONDS
             )
+        secret = line.removeprefix(tokens.PREFIX)[-60:-10]
+        said = (state / "modelfs.log").read_text() + joined.stderr
+        assert secret not in said
     assert mounts.mount_at(mount) is None
 
 
