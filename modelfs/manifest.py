@@ -156,6 +156,11 @@ class Manifest:
         ]
         return sum(borders[1::2]) - sum(borders[::2])
 
+    @property
+    def loaded_bytes(self) -> int:
+        """What its arrays take in memory."""
+        return int(self.table.nbytes + sum(page.nbytes for page in self.pages.values()))
+
     def missing_pages(self) -> list[int]:
         """The pages that `entries` needs and that are not loaded."""
         if not self.is_paged:

@@ -241,6 +241,10 @@ class ChunkStore(Protocol):
         """
         ...
 
+    def is_absent(self, chunk: ChunkId) -> bool:
+        """Whether the chunk is known not to be here. Never blocks; False where a look is needed."""
+        ...
+
     def verify(self, chunk: ChunkId) -> bool:
         """Read a chunk whole and check it against its own table, checksum and BLAKE3 name.
 

@@ -26,7 +26,7 @@ from modelfs.errors import (
     PeerRefused,
     PeerUnavailable,
 )
-from modelfs.ids import ChunkId, NodeId
+from modelfs.ids import ChunkId, Epoch, NodeId
 from modelfs.limits import PEER_PATIENCE_SECONDS, PEER_SILENCE_SECONDS
 from modelfs.manifest import PlacedChunk
 from modelfs.mirror import Mirror
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SUSPICION_SECONDS = 5.0  # for how long a node that did not answer is asked last
 FETCHES_REMEMBERED = 65_536  # chunks fetched once: 256 GiB of files, in 10 MiB of memory
+ORDERS_REMEMBERED = 4096  # placements: 0.1 ms each to compute
 LOCAL_READS_MAX = 16  # threads that read the local store at once
 
 
@@ -66,6 +67,7 @@ class Chunks:
         self._damaged = damaged
         self._start = run_in_background
         self._fetched_once: OrderedDict[ChunkId, None] = OrderedDict()
+        self._orders: dict[tuple[Epoch, ChunkId, int], tuple[NodeId, ...]] = {}
         self._caching = trio.CapacityLimiter(1)
         self._suspected_until: dict[NodeId, float] = {}
         self._local = trio.CapacityLimiter(LOCAL_READS_MAX)
@@ -94,8 +96,7 @@ class Chunks:
 
     def sources(self, placed: PlacedChunk, replicas: int) -> list[NodeId]:
         """The other nodes that may have a chunk, the best to ask first."""
-        placement = self.map_of(placed)
-        order = list(placement.candidates(placed.ref.id, replicas)) if placement else []
+        order = self._order_of(placed, replicas)
         holders = [node for node in order[:replicas] if node != self.node_id]
         holders.sort(key=self.peers.load)
         rest = [node for node in order[replicas:] if node != self.node_id]
@@ -104,11 +105,26 @@ class Chunks:
         everyone = [*holders, *rest, *newer]
         return sorted(everyone, key=lambda node: not self.is_up(node))  # stable: the dead last
 
+    def _order_of(self, placed: PlacedChunk, replicas: int) -> tuple[NodeId, ...]:
+        """Who may have a chunk by its map, the replicas first. Remembered for a while."""
+        placement = self.map_of(placed)
+        if placement is None:
+            return ()
+        key = (placement.epoch, placed.ref.id, replicas)
+        order = self._orders.get(key)
+        if order is None:
+            if len(self._orders) >= ORDERS_REMEMBERED:
+                self._orders.clear()
+            order = self._orders[key] = placement.candidates(placed.ref.id, replicas)
+        return order
+
     # ------------------------------------------------------------ reading
 
     async def read(self, placed: PlacedChunk, replicas: int, start: int, size: int) -> memoryview:
         """`size` verified bytes from `start` of a chunk. Raises `ChunkUnavailable`."""
         try:
+            if self.store.is_absent(placed.ref.id):
+                raise ChunkMissing(placed.ref.id, "this node")
             data = await self._read_here(placed.ref, start, size)
         except (ChunkMissing, CorruptChunk, OSError):
             data = await self._read_there(placed, replicas, start, size)

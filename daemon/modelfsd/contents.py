@@ -28,7 +28,8 @@ from modelfsd.chunks import Chunks
 
 log = logging.getLogger(__name__)
 
-MANIFESTS_MAX = 256  # decoded roots; the arrays of one are at most 96 KiB, its loaded pages 48 MiB
+MANIFESTS_MAX = 256
+MANIFEST_BYTES_MAX = 64 * MIB  # of their roots and loaded pages; all of a 64 TiB file's are 49 MiB
 SPENT_BYTES_MAX = 16 * MIB
 ZEROS = bytes(MIB)
 
@@ -71,15 +72,24 @@ class Contents:
             data = await self._chunks.read(placed, record.replicas, 0, placed.ref.length)
             found = self._manifests.setdefault(record.manifest.id, manifests.decode(data))
         self._manifests.move_to_end(record.manifest.id)
-        while len(self._manifests) > MANIFESTS_MAX:
+        if len(self._manifests) > MANIFESTS_MAX:
             self._manifests.popitem(last=False)
         return found
+
+    @property
+    def manifest_bytes(self) -> int:
+        """How much memory the manifests take."""
+        return sum(manifest.loaded_bytes for manifest in self._manifests.values())
 
     async def load_page(self, manifest: Manifest, page: int, replicas: int) -> None:
         """Load one page of a manifest, if it is not loaded yet."""
         placed = manifest.page_chunk(page)
         data = await self._chunks.read(placed, replicas, 0, placed.ref.length)
         manifest.add_page(page, data)
+        while len(self._manifests) > 1 and self.manifest_bytes > MANIFEST_BYTES_MAX:
+            self._manifests.popitem(
+                last=False
+            )  # who uses it has it, and those to come load it anew
 
     async def entry(self, manifest: Manifest, index: int, replicas: int) -> PlacedChunk | None:
         """The chunk at a position of a file; None for a hole."""

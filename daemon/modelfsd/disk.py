@@ -31,6 +31,7 @@ from modelfs.errors import ChunkMissing, CorruptChunk, OutOfSpace
 from modelfs.ids import ChunkId
 from modelfs.ports import Holding, OpenChunk, StoreUsage
 from modelfsd import chunk_file, chunk_tree, page_cache
+from modelfsd.absent import AbsentChunks
 from modelfsd.chunk_tree import PREFIXES, free_bytes, scan, status_of
 from modelfsd.dirsync import DirectorySync
 
@@ -59,6 +60,7 @@ class DiskChunkStore:
         self._names = itertools.count()
         self._owned_bytes = self._owned_chunks = self._cached_bytes = 0
         self._cached: OrderedDict[ChunkId, int] = OrderedDict()  # id -> bytes of its file
+        self._absent = AbsentChunks()
         self._dirsync = DirectorySync(f"{self._root}/owned")
         chunk_tree.make_directories(self._root)
         chunk_tree.clear_incoming(self._root)
@@ -84,6 +86,10 @@ class DiskChunkStore:
         if data is None:
             raise CorruptChunk(ref.id, self.where)
         return data
+
+    def is_absent(self, chunk: ChunkId) -> bool:
+        """See `ChunkStore.is_absent`."""
+        return chunk in self._absent
 
     def open(self, chunk: ChunkId) -> OpenChunk:
         """See `ChunkStore.open`."""
@@ -211,6 +217,7 @@ class DiskChunkStore:
 
     def _open_file(self, chunk: ChunkId) -> tuple[int, Holding]:
         assert len(chunk) == 32
+        look = self._absent.look()
         # A cached chunk may become owned between the two looks, hence the third.
         for holding in (Holding.OWNED, Holding.CACHED, Holding.OWNED):
             try:
@@ -222,6 +229,7 @@ class DiskChunkStore:
                     if chunk in self._cached:
                         self._cached.move_to_end(chunk)
             return fd, holding
+        self._absent.remember(chunk, look)
         raise ChunkMissing(chunk, self.where)
 
     def _has_owned(self, chunk: ChunkId, renew: bool) -> bool:
@@ -296,6 +304,7 @@ class DiskChunkStore:
                 with self._lock:
                     self._cached_bytes += size - self._cached.pop(ref.id, 0)
                     self._cached[ref.id] = size
+            self._absent.forget(ref.id)
         if holding is Holding.CACHED:
             self._evict_down_to(self._cache_bytes_max)  # puts at the same time were each admitted
 

@@ -26,7 +26,9 @@ from modelfsd.operations import Operations
 
 log = logging.getLogger(__name__)
 
-READ_AHEAD_KIB = 256  # four blocks
+READ_AHEAD_KIB = (
+    128  # two blocks; the kernel's default, which another mount option may have changed
+)
 BACKGROUND_REQUESTS_MAX = 64
 CONGESTION_THRESHOLD = 48  # three quarters, as the kernel's own default
 TASKS_MAX = 512  # requests in hand at once; waiters for leases must never use them up

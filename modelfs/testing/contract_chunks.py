@@ -58,6 +58,22 @@ class ChunkStoreContract:
             store.verify(ABSENT)
         assert store.has([ABSENT], renew=False) == [False]
         assert store.has([ABSENT], renew=True) == [False]
+        assert store.is_absent(ABSENT)
+
+    @pytest.mark.parametrize("holding", [Holding.OWNED, Holding.CACHED])
+    def test_what_was_missing_and_is_put_is_not_absent(
+        self, store: ChunkStore, holding: Holding
+    ) -> None:
+        data = some_bytes(1000)
+        ref, table = describe(data)
+        for _ in range(2):
+            with pytest.raises(ChunkMissing):
+                store.read(ref, 0, 100)
+            assert store.is_absent(ref.id)
+            store.put(ref, table, data, holding)
+            assert not store.is_absent(ref.id)
+            assert store.read(ref, 0, 100) == data[:100]
+            store.delete(ref.id)
         assert store.delete(ABSENT)
 
     def test_a_read_of_another_checksum_is_corrupt(self, store: ChunkStore) -> None:

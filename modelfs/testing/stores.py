@@ -109,6 +109,10 @@ class MemoryChunkStore:
         with self._lock:
             self.syncs += 1
 
+    def is_absent(self, chunk: ChunkId) -> bool:
+        """See `ChunkStore.is_absent`."""
+        return chunk not in self._copies
+
     def open(self, chunk: ChunkId) -> OpenChunk:
         """See `ChunkStore.open`. The descriptor is an anonymous file's."""
         copy = self._find(chunk)

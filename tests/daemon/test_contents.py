@@ -6,14 +6,19 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 
-from modelfs.chunk import ChunkRef
+from modelfs import stripe
+from modelfs.chunk import ChunkRef, describe
 from modelfs.errors import ChunkUnavailable
-from modelfs.ids import NodeId
-from modelfs.limits import KIB, MIB
+from modelfs.ids import Epoch, NodeId
+from modelfs.inode import ManifestRef
+from modelfs.limits import GIB, KIB, MIB
+from modelfs.manifest import Manifest, PlacedChunk
+from modelfs.ports import Holding
 from modelfsd.contents import Contents
 from tests.daemon.node_parts import CHUNK, Cluster, Node, cluster_of
 
@@ -160,3 +165,66 @@ async def test_a_file_of_many_manifest_pages_is_read_page_by_page(
             assert await one.contents.read(record, place + 100 * KIB, 6) in (bytes(6), b"")
         assert len(fetches.count) <= 1 + 2 * len(places)
         assert len(await one.contents.all_entries(record)) == 4100 or record.size > 5000 * MIB
+
+
+async def test_a_file_of_100_gib_is_opened_without_its_manifest(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk, repeated: a read loads the root, one page of the manifest, and the chunk."""
+    size = 100 * GIB
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await two.make_file(b"f")
+        data = rng.randbytes(CHUNK)
+        ref, table = describe(data)
+        two.store.put(ref, table, data, Holding.OWNED)
+        chunk = PlacedChunk(ref, cluster_epoch(one))
+        large = Manifest.empty(CHUNK)
+        count = stripe.chunk_count(CHUNK, size)
+        large, pages = large.changed(size, dict.fromkeys(range(count), chunk))
+        assert len(pages) > 5
+        places = {page: put_at(two, page_data) for page, page_data in pages.items()}
+        root = put_at(two, large.with_pages_stored(places).encode())
+        record = msgspec.structs.replace(
+            (await one.look_up(b"f")).record, size=size, inline=None, manifest=ManifestRef.of(root)
+        )
+        fetches = Fetches(cluster, monkeypatch)
+        for offset in (0, 50 * GIB, 50 * GIB + CHUNK, size - CHUNK):
+            begin, _ = stripe.span(CHUNK, stripe.locate(CHUNK, offset)[0])
+            assert await one.contents.read(record, begin, 1000) == data[:1000]
+        assert sum(fetches.count.values()) == 1 + 3 + 4
+        assert one.contents.manifest_bytes < 5 * 1024 * 48  # three pages, and the root
+
+
+async def test_the_manifests_at_hand_are_bounded(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modelfsd.contents.MANIFEST_BYTES_MAX", 200 * KIB)
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        records = []
+        for number in range(6):
+            name = b"%d" % number
+            await two.make_file(name)
+            session = await two.open(name)
+            for place in (0, 1400 * MIB):
+                await session.write(place, b"here %d" % place)
+            await session.release()
+            records.append((await one.look_up(name)).record)
+        for record in records * 2:
+            for place in (0, 1400 * MIB):
+                assert await one.contents.read(record, place, 6) == (b"here %d" % place)[:6]
+            assert one.contents.manifest_bytes <= 200 * KIB
+
+
+def put_at(node: Node, data: bytes) -> PlacedChunk:
+    """A chunk that this node has."""
+    ref, table = describe(data)
+    node.store.put(ref, table, data, Holding.OWNED)
+    return PlacedChunk(ref, cluster_epoch(node))
+
+
+def cluster_epoch(node: Node) -> Epoch:
+    latest = node.mirror.latest_map
+    assert latest is not None
+    return latest.epoch
