@@ -72,6 +72,16 @@ def parse_endpoint(text: str) -> str:
     return f"https://{endpoint}" if url.scheme == "https" else endpoint
 
 
+def is_loopback(host: str) -> bool:
+    """Whether an address is reached from this machine only. A name other than localhost is not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def parse_peer(text: str, default_port: int = PORT_DEFAULT) -> HostPort:
     """A host and port to connect to: the host may not be empty."""
     host, port = parse_host_port(text, default_port)

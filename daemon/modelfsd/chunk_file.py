@@ -28,6 +28,7 @@ from modelfs.ids import ChunkId
 from modelfs.limits import BLOCK_BYTES, CHUNK_BYTES_MAX, KIB
 from modelfsd import page_cache
 from modelfsd.buffers import advance, as_views, empty_buffer
+from modelfsd.stages import timed
 
 DIRECT_BYTES_MIN = 256 * KIB  # of a file that is read past the page cache
 DAMAGE_ERRNOS = frozenset({errno.EIO, errno.EUCLEAN, errno.EBADMSG, errno.ENODATA})
@@ -77,9 +78,11 @@ def write_chunk(path: str, ref: ChunkRef, table: Buffer, data: Buffer, durable: 
     """Make the file of a chunk, readable by its owner only; fsync it if `durable`."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        write_fully(fd, [data, table, pack_footer(ref.length, table)], 0)
+        with timed("disk_write"):
+            write_fully(fd, [data, table, pack_footer(ref.length, table)], 0)
         if durable:
-            os.fsync(fd)
+            with timed("fsync"):
+                os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -95,9 +98,11 @@ def append_trailer(path: str, ref: ChunkRef, table: Buffer, durable: bool) -> bo
             return False
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, ref.length)
-        write_fully(fd, [table, pack_footer(ref.length, table)], ref.length)
+        with timed("disk_write"):
+            write_fully(fd, [table, pack_footer(ref.length, table)], ref.length)
         if durable:
-            os.fsync(fd)
+            with timed("fsync"):
+                os.fsync(fd)
     finally:
         os.close(fd)
     return True
@@ -119,19 +124,20 @@ def read_trailer(fd: int) -> tuple[int, bytes] | None:
 def read_range(fd: int, ref: ChunkRef, offset: int, size: int) -> memoryview | None:
     """`size` bytes from `offset`, verified against `ref`; None if the file disagrees with it."""
     start, end = covering_blocks(ref.length, offset, size)
-    if start == 0 and end == ref.length:
-        found = _read_all(fd, ref)
-    else:
-        found = _read_part(fd, ref, start, end)
+    with timed("disk_read"):
+        if start == 0 and end == ref.length:
+            found = _read_all(fd, ref)
+        else:
+            found = _read_part(fd, ref, start, end)
     if found is None:
         return None
     data, trailer = found
     table, footer = trailer[: -FOOTER.size], bytes(trailer[-FOOTER.size :])
     if unpack_footer(footer, file_bytes(ref.length)) != (ref.length, ref.checksum):
         return None
-    if not is_table_valid(ref, table) or not is_range_valid(table, start, data):
-        return None
-    return data[offset - start : offset - start + size]
+    with timed("verify"):
+        is_good = is_table_valid(ref, table) and is_range_valid(table, start, data)
+    return data[offset - start : offset - start + size] if is_good else None
 
 
 def _read_all(fd: int, ref: ChunkRef) -> tuple[memoryview, memoryview] | None:

@@ -32,6 +32,8 @@ from modelfs.manifest import PlacedChunk
 from modelfs.mirror import Mirror
 from modelfs.placement import PlacementMap
 from modelfs.ports import ChunkStore, Holding, PeerTransport
+from modelfsd.stages import stopwatch
+from modelfsd.uses import current_use
 
 log = logging.getLogger(__name__)
 
@@ -129,16 +131,18 @@ class Chunks:
         except (ChunkMissing, CorruptChunk, OSError):
             data = await self._read_there(placed, replicas, start, size)
             self._remote_bytes += size
+            current_use().remote_bytes += size
             if size == placed.ref.length:
                 self._consider_caching(placed.ref, data)
         else:
             self._local_bytes += size
+            current_use().local_bytes += size
         return data
 
     async def _read_here(self, ref: ChunkRef, start: int, size: int) -> memoryview:
         try:
             return await trio.to_thread.run_sync(
-                self.store.read, ref, start, size, limiter=self._local
+                self._read_store, stopwatch("disk_queue"), ref, start, size, limiter=self._local
             )
         except CorruptChunk as error:
             log.warning("%s; reading another replica and repairing this one", error)
@@ -149,6 +153,12 @@ class Chunks:
             name = ref.id.hex()[:16]
             log.warning("the disk fails at chunk %s: %s; reading another replica", name, error)
             raise
+
+    def _read_store(
+        self, has_waited: stopwatch, ref: ChunkRef, start: int, size: int
+    ) -> memoryview:
+        has_waited()
+        return self.store.read(ref, start, size)
 
     async def _read_there(
         self, placed: PlacedChunk, replicas: int, start: int, size: int

@@ -21,19 +21,19 @@ from modelfs.errors import ModelfsError, UserError
 from modelfsd import cli_flags as flags
 from modelfsd import launch, logs, preflight, sdnotify, show
 from modelfsd import recover as recovery
-from modelfsd.choosing import choose_daemon, mounted_here
+from modelfsd.asking import ANSWER_SECONDS, ask_about, choose_daemon
 from modelfsd.cli_security import add_commands
 from modelfsd.config import Config, load_config
 from modelfsd.control import call
 from modelfsd.lab import lab_app
 from modelfsd.registry import Registry
 from modelfsd.sdnotify import Notifier
+from modelfsd.stats import stats
 from modelfsd.units import format_size
 from modelfsd.unmounting import unmount_command
 
 log = logging.getLogger(__name__)
 
-ANSWER_SECONDS = 20.0
 DROP_SECONDS = 120.0  # the kernel writes dirty pages back before it drops them
 EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -46,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(lab_app, name="lab")
+app.command()(stats)
 cache_app = typer.Typer(help="What this node keeps of other nodes' files.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
@@ -209,22 +210,12 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """A file's version and chunks, and which node holds which; or its retained versions."""
-    answer = _ask_about(path, "versions" if versions else "info")
+    answer = ask_about(path, "versions" if versions else "info")
     if as_json:
         print(json.dumps(answer, indent=2))
     else:
         view = show.versions_view(answer) if versions else show.info_view(answer)
         show.console().print(view)
-
-
-def _ask_about(path: str, command: str, **arguments: object) -> dict[str, Any]:
-    """Ask the daemon whose mount holds a path."""
-    registry = Registry()
-    found = registry.find_by_path(path)
-    if found is None:
-        raise UserError(f"{path} is not in a modelfs mount{mounted_here(registry.live())}")
-    entry, names = found
-    return call(entry.control, command, ANSWER_SECONDS, path=names, **arguments)
 
 
 @app.command()
@@ -236,7 +227,7 @@ def restore(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Make a retained version the newest one."""
-    answer = _ask_about(path, "restore", number=version)
+    answer = ask_about(path, "restore", number=version)
     print(json.dumps(answer, indent=2) if as_json else show.restored_text(answer))
 
 
@@ -257,7 +248,7 @@ def policy(
     """Show or set what holds for PATH and below; the word `inherit` takes a setting back."""
     given = {"replicas": replicas, "retain": retain, "chunk_size": chunk_size}
     settings = {key: text for key, text in given.items() if text is not None}
-    answer = _ask_about(path, "policy", set=settings)
+    answer = ask_about(path, "policy", set=settings)
     if as_json:
         print(json.dumps(answer, indent=2))
     else:

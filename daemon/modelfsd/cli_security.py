@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from modelfsd.choosing import choose_daemon
+from modelfsd.asking import choose_daemon
 from modelfsd.control import call
 from modelfsd.registry import Registry
 

@@ -11,6 +11,7 @@ file is its key there, and on the command line it has dashes:
     lock_wait = "30s"                 down_out = "10m"          options = ["xattr"]
     reclaim_grace = "1h"              retain = "1h"             join = "/root/token"
     data_tls = "on"                   etcd_ca = "/etc/ssl/etcd.pem" (also etcd_cert, etcd_key)
+    metrics_listen = "127.0.0.1:9420"
 
 In the environment a list is separated by commas. Mount options add up over the layers, the later
 one winning. An unknown key in the file is refused; an unknown `MODELFS_*` variable is not, since
@@ -35,6 +36,7 @@ from modelfsd.addresses import (
     PORT_MAX,
     HostPort,
     format_host_port,
+    is_loopback,
     parse_endpoint,
     parse_host_port,
     parse_peer,
@@ -52,6 +54,7 @@ DOWN_OUT_SECONDS = 600.0  # a reboot takes less, so it moves no data
 RECLAIM_GRACE_SECONDS = 3600.0  # for pins and renewals to arrive, with hours of etcd in hand
 RECLAIM_GRACE_SECONDS_MIN = 1.0  # less than a minute is for tests
 LOCK_WAIT_SECONDS_MAX = 3600.0
+METRICS_PORT_DEFAULT = 9420
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -81,6 +84,7 @@ class Config:
     lock_wait_seconds: float = limits.LOCK_WAIT_SECONDS
     down_out_seconds: float = DOWN_OUT_SECONDS
     reclaim_grace_seconds: float = RECLAIM_GRACE_SECONDS
+    metrics_listen: HostPort | None = None  # a loopback address; None: the admin socket alone
     foreground: bool = False
 
     @property
@@ -215,6 +219,16 @@ def _reclaim_grace(value: object) -> float:
     return seconds
 
 
+def _metrics_listen(value: object) -> HostPort:
+    host, port = parse_host_port(_text(value), METRICS_PORT_DEFAULT)
+    if not is_loopback(host):
+        raise UserError(
+            f"{host} is not a loopback address: metrics are served to whoever asks, in the clear; "
+            "let an agent or a proxy on this machine pass them on"
+        )
+    return host, port
+
+
 SETTINGS: dict[str, Callable[[object], Any]] = {
     "state_dir": _directory,
     "new_cluster": _word,
@@ -235,6 +249,7 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "lock_wait": _lock_wait,
     "down_out": lambda value: parse_duration(_text(value)),
     "reclaim_grace": _reclaim_grace,
+    "metrics_listen": _metrics_listen,
 }
 _FLAGS = {"peers": "--peer", "options": "-o"}
 

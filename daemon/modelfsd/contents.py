@@ -25,6 +25,8 @@ from modelfs.limits import MIB
 from modelfs.manifest import Manifest, PlacedChunk
 from modelfsd.budget import ByteBudget
 from modelfsd.chunks import Chunks
+from modelfsd.stages import timed
+from modelfsd.uses import current_use
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +148,9 @@ class Contents:
         if not stored:
             return zeros(size)
         buffer = self._buffers.get(placed.ref.id)
-        if buffer is None and whole:
+        if buffer is not None:
+            current_use().memory_bytes += stored
+        elif whole:
             buffer = await self._buffers.fetch(placed, replicas)
         if buffer is not None:
             data = buffer[start : start + stored]
@@ -293,7 +297,8 @@ class ChunkBuffers:
         is_taken = False
         try:
             self._make_room(size)
-            await self._budget.take(size)
+            with timed("memory_queue"):
+                await self._budget.take(size)
             is_taken = True
             fetch.data = await self._chunks.read(placed, replicas, 0, size)
             self._held[placed.ref.id] = _Held(fetch.data, size)

@@ -6,7 +6,8 @@ A Unix socket in the state directory, for its owner only. One JSON object per li
     {"ok": true, ...}   or   {"ok": false, "error": text}
 
 A connection may carry several requests, one after the other. A request has at most 1 MiB, a reply
-at most 64 MiB; names that are not UTF-8 travel as lone surrogates (`\\udcff`).
+at most 64 MiB; names that are not UTF-8 travel as lone surrogates (`\\udcff`). A client that speaks
+HTTP gets a page instead: `curl --unix-socket DIR/control.sock http://localhost/metrics`.
 
 A Unix socket's path has at most 107 bytes. A longer one is reached through `/proc/self/fd/N/NAME`
 with its directory open as N, for binding as for connecting.
@@ -28,6 +29,7 @@ import trio
 
 from modelfs.errors import ModelfsError, UserError
 from modelfs.limits import MIB
+from modelfsd.pages import Page, answer_http, is_http
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +47,11 @@ Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 class ControlServer:
     """Answers commands; knows nothing of what they mean."""
 
-    def __init__(self, path: Path, handlers: Mapping[str, Handler]) -> None:
+    def __init__(
+        self, path: Path, handlers: Mapping[str, Handler], pages: Mapping[str, Page] | None = None
+    ) -> None:
         self.path = path
-        self._handlers = dict(handlers)
+        self._handlers, self._pages = dict(handlers), dict(pages or {})
         self._client_count = 0
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -84,6 +88,9 @@ class ControlServer:
                     log.warning("refused a client of the admin socket: %d are here", CLIENTS_MAX)
                     return
                 while (line := await _receive_line(stream, buffer)) is not None:
+                    if is_http(line):
+                        await answer_http(stream, line, self._pages, bytes(buffer))
+                        return
                     reply = await self._answer(line)
                     # A `stop` cancels everything, this task too: its answer goes out first.
                     with trio.move_on_after(SEND_SECONDS_MAX, shield=True):

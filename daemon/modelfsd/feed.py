@@ -24,12 +24,13 @@ from contextlib import asynccontextmanager
 import trio
 
 from modelfs import keys
-from modelfs.errors import HistoryCompacted, MetadataUnavailable
+from modelfs.errors import HistoryCompacted, MetadataUnavailable, UserError
 from modelfs.ids import Revision
 from modelfs.limits import ETCD_REQUEST_SECONDS
 from modelfs.mirror import Change, Mirror
 from modelfs.ports import MetadataStore, WatchBatch
 from modelfsd.replica_file import ReplicaFile
+from modelfsd.stages import timed
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,8 @@ class Feed:
         try:
             async with self._reading:
                 self._round = None
-                row = await self._store.get(keys.SEQ)
+                with timed("etcd_read"):
+                    row = await self._store.get(keys.SEQ)
                 round_.revision = row.mod_revision if row else Revision(0)
         except MetadataUnavailable as error:
             round_.error = error
@@ -218,6 +220,17 @@ class Feed:
             nursery.start_soon(self.run)
             yield
             nursery.cancel_scope.cancel()
+
+
+async def load_namespace(feed: Feed) -> None:
+    """`Feed.start` for a node that starts. Raises `UserError`."""
+    try:
+        await feed.start()
+    except MetadataUnavailable as error:
+        raise UserError(
+            f"etcd does not answer ({error}), and this node has no copy of the namespace yet: "
+            "start the other nodes of the cluster first"
+        ) from error
 
 
 class _Round:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
+import trio
+
 from modelfs.attributes import AttributeChange, changed_attributes, may_open
 from modelfs.changes import Claim
 from modelfs.errors import (
@@ -37,10 +39,12 @@ from modelfsd.pusher import Pusher
 from modelfsd.readahead import Readahead
 from modelfsd.sent_back import SentBack
 from modelfsd.tree import Caller, NewInode, Tree
+from modelfsd.uses import FileUses, current_use
 from modelfsd.writer import Writer, WriteSession
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 60.0  # for the last commits at a stop
 CREATES_MAX = 8  # attempts at a name that comes and goes
 
 GroupsOf = Callable[[int], Iterable[int]]  # the supplementary groups of a process
@@ -78,6 +82,7 @@ class Files:
         self._last_handle = 0
         self._sent_opens, self._sent_links = SentBack(), SentBack()
         self._sent_truncates = SentBack()
+        self.uses = FileUses()
 
     def __len__(self) -> int:
         return len(self._handles)
@@ -168,6 +173,7 @@ class Files:
         self._last_handle += 1
         self._handles[self._last_handle] = Handle(inode, session)
         inode.handles += 1
+        self.uses.of(inode.ino).opens += 1
         return self._last_handle
 
     async def create(
@@ -248,11 +254,16 @@ class Files:
         if record.manifest is None:
             return await self._contents.read(record, offset, size)
         is_stream = self._readahead.observe(inode, offset, size)
+        current_use().stream_requests += is_stream
         return await self._contents.read(record, offset, size, whole_chunks=is_stream)
 
     async def write(self, number: int, offset: int, data: bytes) -> int:
         """Take bytes; returns how many."""
-        await self._handles[number].require_session().write(offset, data)
+        handle = self._handles[number]
+        await handle.require_session().write(offset, data)
+        use = self.uses.of(handle.inode.ino)
+        use.write_requests += 1
+        use.write_bytes += len(data)
         return len(data)
 
     async def flush(self, number: int) -> None:
@@ -327,3 +338,12 @@ class Files:
                 await self.release(number)
             except (ModelfsError, OSError) as error:
                 log.error("at unmount: %s", error)
+
+
+async def settle(files: Files, writer: Writer) -> None:
+    """After the last request: commit what is left, in bounded time."""
+    with trio.move_on_after(STOP_SECONDS) as scope:
+        await files.close_all()
+        await writer.flush_all()
+    if scope.cancelled_caught:
+        log.error("not everything could be committed in %.0f s; the rest is kept", STOP_SECONDS)

@@ -23,6 +23,7 @@ from modelfs import keys
 from modelfs.errors import MetadataUncertain, ModelfsError
 from modelfs.limits import TRANSACTION_OPS_MAX
 from modelfs.ports import MetadataStore, Put, Txn, TxnResult
+from modelfsd.stages import timed
 
 IN_FLIGHT_MAX = 2  # one on its way while one is being written; a third gained nothing
 MERGED_MAX = 24  # a create has 2 comparisons and 4 operations
@@ -111,7 +112,9 @@ class GroupCommit:
         ops = {op.key: op for ticket in batch for op in ticket.txn.ops}
         ids = " ".join(ticket.operation for ticket in batch)
         ops[keys.SEQ] = Put(keys.SEQ, ids.encode("ascii"))
-        return await self._store.commit(Txn(tuple(dict.fromkeys(compares)), tuple(ops.values())))
+        txn = Txn(tuple(dict.fromkeys(compares)), tuple(ops.values()))
+        with timed("etcd_txn"):
+            return await self._store.commit(txn)
 
 
 def _run_of(operation: str) -> str:

@@ -33,6 +33,7 @@ from modelfs.policy import Keep, Rules
 from modelfs.ports import Compare, Put, Target, Txn
 from modelfsd.feed import Feed
 from modelfsd.group_commit import GroupCommit
+from modelfsd.stages import timed
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,8 @@ class Namespace:
     async def fresh(self) -> bool:
         """`Feed.fresh`, or False if etcd is out of reach: then the last known state is served."""
         try:
-            await self._feed.fresh()
+            with timed("freshness"):
+                await self._feed.fresh()
         except MetadataUnavailable:
             return False
         return True
@@ -108,7 +110,8 @@ class Namespace:
             await self._feed.fresh()
             return False
         try:
-            await self._feed.reached(revision)
+            with timed("apply"):
+                await self._feed.reached(revision)
         except MetadataUnavailable as error:  # which would say that nothing has happened
             raise MetadataUncertain(f"committed, but not seen again: {error}") from error
         return True

@@ -22,7 +22,7 @@ from typing import Any
 
 import trio
 
-from modelfs.errors import MetadataUnavailable, ModelfsError, UserError
+from modelfs.errors import ModelfsError, UserError
 from modelfs.ids import ROOT_INODE
 from modelfs.mirror import Change, NodeChanged
 from modelfs.policy import Rules
@@ -38,13 +38,14 @@ from modelfsd.contents import Contents
 from modelfsd.control import ControlServer
 from modelfsd.discovery import Discovery
 from modelfsd.disk import DiskChunkStore
-from modelfsd.feed import Feed
-from modelfsd.files import Files
+from modelfsd.feed import Feed, load_namespace
+from modelfsd.files import Files, settle
 from modelfsd.group_commit import GroupCommit
 from modelfsd.history import History
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInodes
 from modelfsd.leases import Leases
+from modelfsd.measures import Measures
 from modelfsd.membership import Membership, Self
 from modelfsd.memory import read_memory_bytes
 from modelfsd.mount import FuseMount
@@ -52,6 +53,7 @@ from modelfsd.mounts import MountBusy
 from modelfsd.namespace import Namespace
 from modelfsd.notifier import Notifier
 from modelfsd.operations import Operations
+from modelfsd.pages import serve_pages
 from modelfsd.peer_client import PeerClient, ask_member
 from modelfsd.peer_server import PeerServer
 from modelfsd.policies import Policies
@@ -72,7 +74,6 @@ from modelfsd.writer import Writer
 log = logging.getLogger(__name__)
 
 CACHE_SHARE = 10  # of the free space, where --cache-size is not given
-STOP_SECONDS = 60.0  # for the last commits at a stop
 
 Ready = Callable[[str], None]
 
@@ -135,7 +136,7 @@ class Node:
         path = config.state_dir / "namespace.sqlite"
         self._replica = ReplicaFile(path, entered.identity.cluster)
         self._feed = Feed(self._store, self._replica, entered.identity.node)
-        group = GroupCommit(self._store, nursery.start_soon)
+        group = self._group = GroupCommit(self._store, nursery.start_soon)
         defaults = Rules(config.replicas, config.retain_seconds)
         self._namespace = Namespace(group, self._feed, entered.identity.node, defaults)
         self._retention = Retention(self._namespace, self._store)
@@ -143,7 +144,7 @@ class Node:
     async def run(self, ready: Ready) -> None:
         """Start everything, serve until unmounted, stop everything."""
         try:
-            await _load_namespace(self._feed)
+            await load_namespace(self._feed)
             await self._build_data_path()
             self._build_kernel_side()
             self._server.start(*self._config.listen)
@@ -296,7 +297,6 @@ class Node:
         handlers = {
             "status": self._status.status,
             "info": self._status.info,
-            "counters": self._counters,
             "drop": self._drop.drop,
             "stop": self._stop,
             "token": self._admission.token,
@@ -305,16 +305,32 @@ class Node:
             "policy": Policies(self._namespace).policy,
             **RecoveryService(self._writer, self._chunks).handlers(),
         }
-        control = ControlServer(self._config.control_path, handlers)
+        measures = Measures(
+            self._config.name,
+            self._operations,
+            self._files,
+            self._writer,
+            self._peers,
+            self._server,
+            self._pusher,
+            self._group,
+            self._upkeep,
+        )
+        pages = {"/metrics": measures.page}
+        control = ControlServer(
+            self._config.control_path, {**handlers, **measures.handlers()}, pages
+        )
         self._mount.open()
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(control.serve)
+                if self._config.metrics_listen is not None:
+                    await nursery.start(serve_pages, self._config.metrics_listen, pages)
                 nursery.start_soon(self._watch_signals)
                 nursery.start_soon(self._announce_ready, ready)
                 await self._mount.serve()
                 log.info("unmounted")
-                await _settle(self._files, self._writer)
+                await settle(self._files, self._writer)
                 nursery.cancel_scope.cancel()
         finally:
             self._mount.close()
@@ -344,16 +360,6 @@ class Node:
         await self._mount.unmount()
         return {}
 
-    async def _counters(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What was counted since the start: the kernel's requests, and where chunks came from."""
-        return {
-            "requests": dict(self._operations.requests),
-            "chunks": asdict(self._chunks.statistics()),
-            "pushes": dict(self._pusher.counters),
-            "kernel_inodes": len(self._inodes),
-            "handles": len(self._files),
-        }
-
     async def _watch_signals(self) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async for number in signals:
@@ -369,25 +375,6 @@ class Node:
             await self._mount.detach()
         except UserError as error:
             log.error("%s", error)
-
-
-async def _settle(files: Files, writer: Writer) -> None:
-    """After the last request: commit what is left, in bounded time."""
-    with trio.move_on_after(STOP_SECONDS) as scope:
-        await files.close_all()
-        await writer.flush_all()
-    if scope.cancelled_caught:
-        log.error("not everything could be committed in %.0f s; the rest is kept", STOP_SECONDS)
-
-
-async def _load_namespace(feed: Feed) -> None:
-    try:
-        await feed.start()
-    except MetadataUnavailable as error:
-        raise UserError(
-            f"etcd does not answer ({error}), and this node has no copy of the namespace yet: "
-            "start the other nodes of the cluster first"
-        ) from error
 
 
 def _cache_bytes(config: Config) -> int:

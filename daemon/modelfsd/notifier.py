@@ -24,6 +24,7 @@ import pyfuse3
 
 from modelfs.ids import InodeNumber, KernelId
 from modelfs.mirror import Name
+from modelfsd.stages import timed
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +119,12 @@ class _Worker:
                     return
                 (inode, what), acknowledges = self._pending.popitem(last=False)
             try:
-                if isinstance(what, Forget):
-                    attributes_only = what is Forget.ATTRIBUTES
-                    pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=attributes_only)
-                else:
-                    pyfuse3.invalidate_entry(pyfuse3.InodeT(inode), pyfuse3.FileNameT(what))
+                with timed("invalidate"):
+                    if isinstance(what, Forget):
+                        only = what is Forget.ATTRIBUTES
+                        pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=only)
+                    else:
+                        pyfuse3.invalidate_entry(pyfuse3.InodeT(inode), pyfuse3.FileNameT(what))
             except OSError as error:
                 # ENOENT: the kernel did not know the name. ENOTCONN, ENODEV: it is unmounting.
                 if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):

@@ -10,7 +10,8 @@ import errno
 import logging
 import os
 import stat
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -30,6 +31,7 @@ from modelfsd.errnos import errno_of
 from modelfsd.files import Files
 from modelfsd.kernel_inodes import KernelInode, KernelInodes
 from modelfsd.logs import RateLimited
+from modelfsd.stages import Histogram
 from modelfsd.tree import Caller, DirectoryEntry, NewInode, Tree
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ def answers(handler: Handler[Parameters, Answer]) -> Handler[Parameters, Answer]
         self: Operations, /, *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Answer:
         self.requests[handler.__name__] += 1
+        started = time.perf_counter()
         try:
             return await handler(self, *args, **kwargs)
         except FUSEError:
@@ -68,6 +71,8 @@ def answers(handler: Handler[Parameters, Answer]) -> Handler[Parameters, Answer]
         except Exception as error:
             log.exception("a bug in %s", handler.__name__)
             raise FUSEError(errno.EIO) from error
+        finally:
+            self.latencies[handler.__name__].add(time.perf_counter() - started)
 
     return guarded
 
@@ -102,6 +107,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.requests: Counter[str] = Counter()
+        self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.complaints = RateLimited(log)
         self._mirror, self._inodes, self._tree, self._files = mirror, inodes, tree, files
         self._space, self._has_xattrs = space, has_xattrs
@@ -319,8 +325,12 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        self._access_times.note(self._files.inode_of(fh))
-        return await self._files.read(fh, off, size)  # type: ignore[return-value]  # any buffer will do
+        inode = self._files.inode_of(fh)
+        self._access_times.note(inode)
+        use = self._files.uses.reading(inode.ino)
+        data = await self._files.read(fh, off, size)
+        use.read_bytes += len(data)
+        return data  # type: ignore[return-value]  # any buffer will do
 
     @answers
     async def write(self, fh: int, off: int, buf: bytes) -> int:

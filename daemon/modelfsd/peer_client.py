@@ -41,6 +41,7 @@ from modelfs.limits import (
 from modelfs.wire import FailureKind
 from modelfsd.buffers import empty_buffer
 from modelfsd.peer_link import Conversation, Link
+from modelfsd.stages import note, timed
 from modelfsd.tls import Tls
 
 THREADS_MAX = 128  # 32 peers with all their connections busy
@@ -175,7 +176,7 @@ class PeerClient:
         await self._converse(
             self._peer(node),
             PUT_PATIENCE_SECONDS,
-            lambda talk: _expect_ok(talk, message, data),
+            lambda talk: _put(talk, message, data),
             is_write=True,
             is_bulk=True,
         )
@@ -322,6 +323,7 @@ async def _turn(peer: _Peer, patience: float, is_write: bool) -> AsyncIterator[N
                 with trio.move_on_after(patience - silence):
                     await limiter.acquire_on_behalf_of(borrower)
                     held.append(limiter)
+        note("peer_queue", time.monotonic() - started)
         if link.is_down_since(started):
             raise PeerUnavailable(link.node, "it did not answer the requests before this one")
         yield
@@ -333,20 +335,37 @@ async def _turn(peer: _Peer, patience: float, is_write: bool) -> AsyncIterator[N
 def _fetch(talk: Conversation[memoryview], ref: ChunkRef, offset: int, size: int) -> memoryview:
     """One verified range. Runs on a worker thread."""
     start, end = covering_blocks(ref.length, offset, size)
+    with timed("fetch"):
+        table, data = _receive(talk, ref, offset, size, end - start)
+    with timed("verify"):
+        is_good = is_table_valid(ref, table) and is_range_valid(table, start, data)
+    if not is_good:
+        raise CorruptChunk(ref.id, f"node {talk.link.node}")
+    return data[offset - start : offset - start + size]
+
+
+def _receive(
+    talk: Conversation[memoryview], ref: ChunkRef, offset: int, size: int, block_bytes: int
+) -> tuple[Buffer, memoryview]:
+    """A chunk's block table, and the blocks that hold the range."""
     frame = talk.ask(wire.Get(ref.id, offset, size))
     reply = frame.message
     if not isinstance(reply, wire.GetReply):
         _raise_failure(talk, reply, ref.id)
-    where = f"node {talk.link.node}"
     if reply.length != ref.length:
-        raise CorruptChunk(ref.id, where)  # its payload is not taken, so the connection ends
-    if frame.payload_bytes != end - start:
-        raise ProtocolError(f"{frame.payload_bytes} bytes instead of {end - start}")
-    data = empty_buffer(end - start)
+        raise CorruptChunk(
+            ref.id, f"node {talk.link.node}"
+        )  # its payload is not taken, so the connection ends
+    if frame.payload_bytes != block_bytes:
+        raise ProtocolError(f"{frame.payload_bytes} bytes instead of {block_bytes}")
+    data = empty_buffer(block_bytes)
     talk.receive_payload(data)
-    if not is_table_valid(ref, reply.table) or not is_range_valid(reply.table, start, data):
-        raise CorruptChunk(ref.id, where)
-    return data[offset - start : offset - start + size]
+    return reply.table, data
+
+
+def _put(talk: Conversation[None], message: wire.Put, data: Buffer) -> None:
+    with timed("put"):
+        _expect_ok(talk, message, data)
 
 
 def _expect_ok(

@@ -37,6 +37,7 @@ from modelfs.wire import FailureKind
 from modelfsd.buffers import BufferPool
 from modelfsd.chunk_file import DAMAGE_ERRNOS
 from modelfsd.secure_channel import SecureChannel
+from modelfsd.stages import timed
 from modelfsd.tls import Tls
 from modelfsd.tokens import TokenRefused
 
@@ -197,7 +198,8 @@ class PeerSession:
         reply: wire.Reply | None
         try:
             if isinstance(message, wire.Get):
-                reply = self._get(message, request)
+                with timed("serve"):
+                    reply = self._get(message, request)
             else:
                 with self._at_work(request):
                     reply = self._do(message)
@@ -284,7 +286,10 @@ class PeerSession:
         with service.pool.borrow(ref.length) as data:
             self._allow(ref.length)
             self.channel.receive_payload(data, self._check)
-            if not is_table_valid(ref, message.table) or not is_range_valid(message.table, 0, data):
+            with timed("verify"):
+                is_good = is_table_valid(ref, message.table)
+                is_good = is_good and is_range_valid(message.table, 0, data)
+            if not is_good:
                 raise CorruptChunk(ref.id, f"the way from {self.address}")
             with _disk_errors():
                 service.store.put(ref, message.table, data, Holding.OWNED)

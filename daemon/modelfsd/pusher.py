@@ -30,6 +30,7 @@ from modelfs.ids import KernelId
 from modelfs.inode import Inode
 from modelfs.limits import MIB, PAGE_BYTES
 from modelfsd.kernel_inodes import KernelInode, KernelInodes
+from modelfsd.stages import timed
 
 log = logging.getLogger(__name__)
 
@@ -148,11 +149,12 @@ class Pusher:
         if not len(data):
             return 0
         try:
-            pyfuse3.notify_store(
-                pyfuse3.InodeT(push.inode.id),
-                push.offset + skipped,
-                data,  # type: ignore[arg-type]  # any buffer will do
-            )
+            with timed("push"):
+                pyfuse3.notify_store(
+                    pyfuse3.InodeT(push.inode.id),
+                    push.offset + skipped,
+                    data,  # type: ignore[arg-type]  # any buffer will do
+                )
         except OSError as error:
             if error.errno not in HARMLESS_ERRNOS:
                 log.warning("the kernel refused pages of inode %d: %s", push.inode.id, error)

@@ -8,7 +8,6 @@ out (a *mark*): the READ that they cost says how far the reader is, and moves th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from modelfs.access import WINDOW_BYTES_MIN, AccessPattern, Stream
@@ -18,6 +17,7 @@ from modelfs.limits import KIB, PAGE_BYTES
 from modelfsd.contents import Contents
 from modelfsd.kernel_inodes import KernelInode
 from modelfsd.pusher import Push, Pusher
+from modelfsd.uses import FileUse, current_use
 
 MARK_BYTES = 128 * KIB
 MARKS_PER_WINDOW = 4  # a reader is heard of when a quarter of his window is used up
@@ -61,6 +61,10 @@ class Readahead:
         if end < record.size:
             end -= end % PAGE_BYTES
         if start < end:
-            finished: Callable[[int], None] = partial(self._contents.note_read, chunk)
+            finished = partial(self._pushed, current_use(), chunk)
             piece = data[start - begin : end - begin]
             self._pusher.offer(Push(inode, record, stream, start, piece, finished))
+
+    def _pushed(self, use: FileUse, chunk: ChunkId, taken_bytes: int) -> None:
+        use.pushed_bytes += taken_bytes
+        self._contents.note_read(chunk, taken_bytes)

@@ -33,6 +33,7 @@ from modelfs.manifest import PlacedChunk
 from modelfs.placement import PlacementMap
 from modelfs.ports import Holding
 from modelfsd.chunks import Chunks
+from modelfsd.stages import timed
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,12 @@ class Placements:
         """Note that these nodes have the chunk, its name not yet synced."""
         for node in nodes:
             self.by_node.setdefault(node, {})[placed.ref.id] = placed
+
+
+def name_chunk(data: Buffer) -> tuple[ChunkRef, bytes]:
+    """`describe`, with the time that it takes on record. For a worker thread."""
+    with timed("hash"):
+        return describe(data)
 
 
 class Replicator:
@@ -126,10 +133,11 @@ class Replicator:
 
     async def _sync_node(self, node: NodeId, incarnation: str | None, failed: list[NodeId]) -> None:
         try:
-            if node == self.chunks.node_id:
-                await trio.to_thread.run_sync(self.chunks.store.sync)
-            else:
-                await self.chunks.peers.sync(node, incarnation)
+            with timed("sync"):
+                if node == self.chunks.node_id:
+                    await trio.to_thread.run_sync(self.chunks.store.sync)
+                else:
+                    await self.chunks.peers.sync(node, incarnation)
         except (ModelfsError, OSError) as error:
             log.warning("%s could not make its copies safe: %s", node, error)
             self.chunks.suspect(node)
@@ -138,7 +146,7 @@ class Replicator:
     async def put_again(self, placed: PlacedChunk, replicas: int, placements: Placements) -> None:
         """Make the copies of a chunk complete again, from one that is left."""
         data = await self.chunks.read(placed, replicas, 0, placed.ref.length)
-        ref, table = await trio.to_thread.run_sync(describe, data)
+        ref, table = await trio.to_thread.run_sync(name_chunk, data)
         assert ref == placed.ref
         await self.put(ref, table, data, replicas, placements)
 

@@ -54,6 +54,7 @@ from modelfs.chunk import Buffer, ChunkRef
 from modelfs.errors import OutOfSpace
 from modelfs.extents import Extents
 from modelfs.ids import Epoch
+from modelfsd.stages import timed
 
 JOURNAL = "sealed.jsonl"
 DESCRIPTION = "description.json"
@@ -124,7 +125,8 @@ class StagingDirectory:
         if is_journaled and not staged.is_journaled:
             self._note_written(index, staged, [list(extent) for extent in staged.extents])
             staged.is_journaled = True
-        write_at(staged.path, data, start)
+        with timed("stage"):
+            write_at(staged.path, data, start)
         if is_journaled:
             self._note_written(index, staged, [[start, start + len(data)]])
 

@@ -7,14 +7,13 @@ import time
 import trio
 from msgspec.structs import replace
 
-from modelfs.chunk import describe
 from modelfs.ids import NodeId
 from modelfs.inode import Inode, ManifestRef
 from modelfs.limits import INLINE_BYTES_MAX
 from modelfs.manifest import Manifest, PlacedChunk
 from modelfsd.budget import ByteBudget
 from modelfsd.contents import Contents, gather
-from modelfsd.replicator import Replicator
+from modelfsd.replicator import Replicator, name_chunk
 from modelfsd.working_copy import WorkingCopy
 
 
@@ -68,5 +67,5 @@ class VersionStore:
         return await self._store(copy, manifest.encode()), manifest.hole_bytes()
 
     async def _store(self, copy: WorkingCopy, data: bytes) -> PlacedChunk:
-        ref, table = await trio.to_thread.run_sync(describe, data)
+        ref, table = await trio.to_thread.run_sync(name_chunk, data)
         return await self._replicator.put(ref, table, data, copy.base.replicas, copy.placements)

@@ -24,14 +24,14 @@ import trio
 from msgspec.structs import replace
 
 from modelfs import stripe
-from modelfs.chunk import Buffer, ChunkRef, describe, is_zeros
+from modelfs.chunk import Buffer, ChunkRef, is_zeros
 from modelfs.errors import FileTooLarge
 from modelfs.ids import Epoch, InodeNumber
 from modelfs.inode import Inode, encode
 from modelfs.limits import FILE_BYTES_MAX
 from modelfs.manifest import PlacedChunk
 from modelfsd.contents import Contents, zeros
-from modelfsd.replicator import Placements, Replicator
+from modelfsd.replicator import Placements, Replicator, name_chunk
 from modelfsd.staging import (
     StagedChunk,
     StagingDirectory,
@@ -260,7 +260,7 @@ class WorkingCopy:
         if is_zeros(data):
             await self._note_seal(index, staged, length, None)
             return None  # a hole
-        ref, table = await trio.to_thread.run_sync(describe, data, limiter=self._limiter)
+        ref, table = await trio.to_thread.run_sync(name_chunk, data, limiter=self._limiter)
         await self._note_seal(index, staged, length, ref)
         replicas = self.base.replicas
         return await self._replicator.put(ref, table, data, replicas, self.placements, staged.path)

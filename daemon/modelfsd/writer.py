@@ -40,6 +40,7 @@ from modelfsd.leases import LINGER_SECONDS, RESERVED_SECONDS, Leases
 from modelfsd.namespace import Namespace
 from modelfsd.replicator import Replicator
 from modelfsd.shared_lock import SharedLock
+from modelfsd.stages import timed
 from modelfsd.staging import StagingDirectory, keep
 from modelfsd.version_store import VersionStore
 from modelfsd.working_copy import WorkingCopy
@@ -156,7 +157,8 @@ class WriteSession:
             if self._token is not None:
                 return
             ino = self.inode.ino
-            token = await self._writer.leases.take(ino, self._lose, wait_seconds)
+            with timed("lease"):
+                token = await self._writer.leases.take(ino, self._lose, wait_seconds)
             latest = self._writer.namespace.mirror.inode(ino)
             if latest is None or latest.version != self.copy.base.version:
                 self._writer.leases.reserve(ino, token, RESERVED_SECONDS)
@@ -247,7 +249,8 @@ class WriteSession:
         than the network and the disks.
         """
         size = self.copy.staged_bytes_of(index)
-        await self._writer.uploads.take(size)
+        with timed("upload_queue"):
+            await self._writer.uploads.take(size)
         self._writer.start_soon(self._seal_in_background, index, size)
 
     async def _seal_in_background(self, index: int, size: int) -> None:
@@ -275,7 +278,8 @@ class WriteSession:
             if not self.copy.is_dirty:
                 return
             try:
-                await self._commit()
+                with timed("commit"):
+                    await self._commit()
             except NoSuchEntry:
                 self._is_unlinked = True  # readable here, from the copy, till the last close
             except (MetadataUnavailable, MetadataUncertain) as error:

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 
 from modelfs.errors import UserError
 from modelfsd import show
-from modelfsd.choosing import choose_daemon
+from modelfsd.asking import choose_daemon
 from modelfsd.registry import Registry
 
 ROOT = Path(__file__).parents[2]

@@ -40,7 +40,7 @@ async def test_a_write_that_completes_a_chunk_leaves_the_bytes_of_one_beside_it(
         return describe(data)
 
     monkeypatch.setattr(StagingDirectory, "write", write_second_chunk_late)
-    monkeypatch.setattr("modelfsd.working_copy.describe", describe_and_tell)
+    monkeypatch.setattr("modelfsd.working_copy.name_chunk", describe_and_tell)
     async with cluster_of(2, tmp_path) as cluster:
         await cluster.nodes[0].make_file(b"f")
         session = await cluster.nodes[0].open(b"f")

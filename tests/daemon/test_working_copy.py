@@ -181,7 +181,7 @@ async def test_a_chunk_that_is_being_sealed_can_be_written_and_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The seal is held up at each of its steps, and a write or a truncation comes in."""
-    steps = ["read_exactly", "describe", "note_seal"]
+    steps = ["read_exactly", "name_chunk", "note_seal"]
     for step in steps:
         for disturb in ("write", "truncate"):
             async with cluster_of(2, tmp_path / step / disturb) as cluster:

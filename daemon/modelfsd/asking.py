@@ -1,13 +1,17 @@
-"""Which of this machine's daemons a command means."""
+"""Which daemon of this machine a command means, and asking it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from modelfs.errors import UserError
 from modelfsd import show
+from modelfsd.control import call
 from modelfsd.registry import Entry, Registry
+
+ANSWER_SECONDS = 20.0
 
 
 def choose_daemon(registry: Registry, state_dir: str | None, mountpoint: str | None) -> Path:
@@ -17,7 +21,9 @@ def choose_daemon(registry: Registry, state_dir: str | None, mountpoint: str | N
     if mountpoint:
         found = registry.find_by_path(mountpoint)
         if found is None:
-            raise UserError(f"no modelfs daemon serves {mountpoint}{mounted_here(registry.live())}")
+            raise UserError(
+                f"no modelfs daemon serves {mountpoint}{_mounted_here(registry.live())}"
+            )
         return Path(found[0].control)
     state_dir = state_dir or os.environ.get("MODELFS_STATE_DIR")
     if state_dir:
@@ -36,6 +42,15 @@ def choose_daemon(registry: Registry, state_dir: str | None, mountpoint: str | N
     return Path(live[0].control)
 
 
-def mounted_here(live: list[Entry]) -> str:
-    """What else there is, for an error's text."""
+def _mounted_here(live: list[Entry]) -> str:
     return f"; mounted here:\n{show.daemons_text(live)}" if live else ""
+
+
+def ask_about(path: str, command: str, **arguments: object) -> dict[str, Any]:
+    """Ask the daemon whose mount holds a path."""
+    registry = Registry()
+    found = registry.find_by_path(path)
+    if found is None:
+        raise UserError(f"{path} is not in a modelfs mount{_mounted_here(registry.live())}")
+    entry, names = found
+    return call(entry.control, command, ANSWER_SECONDS, path=names, **arguments)
