@@ -28,7 +28,18 @@ def test_the_help_names_what_there_is_and_needs_nothing() -> None:
     done = run()
     assert done.returncode == 0
     assert done.stderr == ""
-    for command in ("mount", "umount", "status", "info", "lab", "demo", "test", "soak", "modelfs"):
+    for command in (
+        "mount",
+        "umount",
+        "status",
+        "info",
+        "lab",
+        "demo",
+        "test",
+        "soak",
+        "bench",
+        "modelfs",
+    ):
         assert f"./run {command}" in done.stdout or f"| {command}" in done.stdout
     assert run("--help").stdout == done.stdout
 

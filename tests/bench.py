@@ -1,0 +1,212 @@
+"""`./run bench`: how fast modelfs is here, beside the local disk and other file systems.
+
+A lab of three nodes with two replicas, all on this machine, so every figure is the cost of all
+nodes together. Each step runs at every place in turn, in alternating order, three times by default;
+the ratio that is shown is the median of the repetitions' own ratios, which a noisy machine disturbs
+least. CPU seconds are the whole machine's, for each GiB: let nothing else run beside it.
+
+It ends within ten minutes: when time runs out, repetitions and then groups are left out, and the
+table says so. Everything is taken away in the end, also after a signal; `./run` cleans up after
+one that was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from modelfs.errors import ModelfsError, UserError
+from modelfsd import control, mounts
+from modelfsd.lab import Lab
+from modelfsd.stages import Latencies
+from modelfsd.stats import difference
+from tests import bench_gluster, bench_stages
+from tests.bench_places import LocalDisk, Modelfs, Place
+from tests.bench_report import Results, environment, report
+from tests.bench_small import small_files, visibility
+from tests.bench_work import Step, Work, clear, loading, local_replica, parallel, sequential
+
+SECONDS_MAX = 570.0
+ASK_SECONDS = 60.0
+SIZES_ON_DISK = 12  # replicas, shards, the local copy, caches, some air
+MICRO_MIB_MAX = 256
+
+GROUPS: dict[str, Callable[[Work], Iterator[Step]]] = {
+    "seq": sequential,
+    "local": local_replica,
+    "load": loading,
+    "par": parallel,
+    "small": small_files,
+    "vis": visibility,
+}
+
+
+class Bench:
+    """One run over several places."""
+
+    def __init__(self, places: list[Place], work: Work, repetitions: int, ends_at: float) -> None:
+        self.places, self.work, self.repetitions = places, work, repetitions
+        self.results = Results()
+        self._ends_at = ends_at
+
+    def run(self, groups: list[str]) -> None:
+        """Measure these groups, as far as time allows."""
+        for group in groups:
+            if time.monotonic() > self._ends_at:
+                self.results.left_out.append(group)
+                continue
+            say(f"{group}: {(GROUPS[group].__doc__ or '').strip()}")
+            before = self._measures()
+            self._run_group(group)
+            self.results.stages[group] = _joined(self._measures(), before)
+
+    def _run_group(self, group: str) -> None:
+        steps = {place.name: list(GROUPS[group](self.work)) for place in self.places}
+        failed: set[str] = set()
+        took = 0.0
+        for repetition in range(self.repetitions):
+            if repetition and time.monotonic() + took > self._ends_at:
+                self.results.left_out.append(f"{group}, from repetition {repetition + 1} on")
+                break
+            started = time.monotonic()
+            places = self.places if repetition % 2 == 0 else self.places[::-1]
+            for number in range(len(steps[places[0].name])):
+                for place in places:
+                    if place.name in failed:
+                        continue
+                    try:
+                        found = steps[place.name][number](place, repetition)
+                    except OSError as error:
+                        self.results.errors.append(f"{group} on {place.name}: {error}")
+                        failed.add(place.name)
+                        continue
+                    for figure, value in found.items():
+                        self.results.values[figure][place.name].append(value)
+            took = time.monotonic() - started
+        for place in self.places:
+            clear(place)
+
+    def _measures(self) -> list[dict[str, Any]]:
+        labs = [place.lab for place in self.places if isinstance(place, Modelfs)]
+        nodes = [node for lab in labs for node in lab.nodes]
+        return [control.call(node.control_path, "measures", ASK_SECONDS) for node in nodes]
+
+
+def _joined(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str, Any]:
+    """The stages that all nodes together passed between two looks."""
+    joined: dict[str, Latencies] = {}
+    for one, other in zip(now, before, strict=True):
+        for name, told in difference(one, other)["stages"].items():
+            found = Latencies.from_json(told)
+            joined[name] = joined[name] + found if name in joined else found
+    return {name: found.as_json() for name, found in joined.items()}
+
+
+# ---------------------------------------------------------------- running
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    """The exit code. Raises `ModelfsError`."""
+    groups = [name for name in arguments.only.split(",") if name != "stages"]
+    if unknown := set(groups) - set(GROUPS):
+        raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(GROUPS)}, stages")
+    if os.geteuid() != 0:
+        raise UserError("the benchmark drops the kernel's caches: run it as root")
+    ends_at = time.monotonic() + SECONDS_MAX - 60.0  # for the last group, and to clean up
+    work = Work(arguments.size_mib, arguments.small_files, 20 * arguments.small_files)
+    directory = Path(
+        tempfile.mkdtemp(prefix="modelfs-bench-", dir=os.environ.get("MODELFS_TEST_ROOT"))
+    )
+    with ExitStack() as stack:
+        stack.callback(_remove, directory)
+        needed = SIZES_ON_DISK * work.size_mib << 20
+        if shutil.disk_usage(directory).free < needed:
+            raise UserError(f"{directory} has too little room: set TMPDIR, or --size-mib to less")
+        facts = environment(directory, work, arguments.reps)
+        places = _places(stack, directory, arguments, facts)
+        bench = Bench(places, work, arguments.reps, ends_at)
+        bench.run(groups)
+        if "stages" in arguments.only.split(","):
+            say("stages: each by itself")
+            bench.results.micro = bench_stages.measure(min(work.size_mib, MICRO_MIB_MAX), directory)
+    report(bench.results, [place.name for place in places], facts, arguments.json)
+    return 1 if bench.results.errors else 0
+
+
+def _places(
+    stack: ExitStack, directory: Path, arguments: argparse.Namespace, facts: dict[str, Any]
+) -> list[Place]:
+    if arguments.lab:
+        lab = Lab.open(arguments.lab)
+    else:
+        say("starting a lab of three nodes")
+        lab = stack.enter_context(Lab.up(directory / "lab", nodes=3, replicas=2))
+    ours = Modelfs(lab, directory.name)
+    stack.callback(_remove, ours.a)
+    places: list[Place] = [ours, LocalDisk(directory / "local")]
+    if arguments.peer:
+        say("setting up GlusterFS: a volume with two replicas over three nodes")
+        gluster = bench_gluster.Gluster(directory / "gluster")
+        stack.callback(gluster.down)
+        gluster.up()
+        facts["gluster"] = gluster.version
+        places.append(gluster)
+    return places
+
+
+def say(line: str) -> None:
+    """One line of progress."""
+    print(f"bench: {line}", file=sys.stderr, flush=True)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, unless something is still mounted below it."""
+    below = f"{directory}/"
+    if not any(mount.mountpoint.startswith(below) for mount in mounts.mounts()):
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _end_on_signal(number: int, frame: FrameType | None) -> None:
+    """Makes a signal clean up as the end does. A second one does not disturb that."""
+    for again in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(again, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./run bench", description="How fast modelfs is here.")
+    parser.add_argument("--size-mib", type=int, default=256, help="of a large file (%(default)s)")
+    parser.add_argument("--small-files", type=int, default=500, help="4 KiB each (%(default)s)")
+    parser.add_argument("--reps", type=int, default=3, help="repetitions (%(default)s)")
+    every = ",".join([*GROUPS, "stages"])
+    parser.add_argument("--only", default=every, help="groups of figures (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write everything there, too")
+    parser.add_argument("--peer", choices=["gluster"], help="measure this one side by side")
+    parser.add_argument("--lab", metavar="DIR", help="use this running lab, and leave it")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """The entry point of `python -m tests.bench`."""
+    arguments = _arguments()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end_on_signal)
+    try:
+        return run_bench(arguments)
+    except ModelfsError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
