@@ -55,6 +55,7 @@ def _reads_and_writes(counters: Counters) -> Iterator[Metric]:
     yield _counter("modelfs_read_bytes", "Bytes of chunks read.", sources, "source")
     failed = {"failover": chunks["failovers"], "corrupt": chunks["corrupt"]}
     yield _counter("modelfs_read_failures", "Copies that could not serve.", failed, "reason")
+    yield _counter("modelfs_pushed_bytes", "To the kernel.", counters["pushes"].get("bytes", 0))
     sent = {"sent": counters["sent_bytes"], "spared": counters["spared_bytes"]}
     yield _counter("modelfs_replication_bytes", "For peers; spared: they had it.", sent, "what")
     yield _counter("modelfs_changes", "Changes of the namespace.", counters["changes"])

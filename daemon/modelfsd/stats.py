@@ -72,6 +72,7 @@ def flow_bytes(counters: Answer) -> dict[str, int]:
     return {
         "from this disk": counters["chunks"]["local_bytes"],
         "from peers": counters["chunks"]["remote_bytes"],
+        "pushed into the kernel": counters["pushes"].get("bytes", 0),
         "to peers that read": counters["served"]["bytes_out"],
         "copies sent to peers": counters["sent_bytes"],
         "copies not sent, the peer had them": counters["spared_bytes"],
@@ -136,11 +137,12 @@ def use_view(answer: Answer) -> RenderableType:
         f"{format_size(answer['read_bytes'])} in {reads:,} requests of the kernel"
         + (f", {streams * 100 // reads} % of them in a stream" if reads else ""),
     )
+    facts.add_row("pushed", f"{format_size(answer['pushed_bytes'])} before the kernel asked")
     facts.add_row(
         "fetched",
         f"{format_size(answer['local_bytes'])} from this disk, "
         f"{format_size(answer['remote_bytes'])} from peers"
-        + (f"; {answer['amplification']:.2f} bytes for each byte read" if reads else ""),
+        + (f"; {answer['amplification']:.2f} bytes for each that the kernel got" if reads else ""),
     )
     facts.add_row("from memory", format_size(answer["memory_bytes"]))
     facts.add_row(

@@ -160,6 +160,7 @@ def test_the_page_is_prometheus_s_text_and_has_what_was_counted() -> None:
             **counters,
             "nodes_up": 3,
             "chunks": chunks,
+            "pushes": {"bytes": 11},
             "peers": {'n"2': peer},
             "served": served,
             "store": store,

@@ -65,10 +65,11 @@ def test_the_account_of_a_file_is_what_was_done_to_it(dirs: Dirs) -> None:
     with second.open("rb") as file:
         assert file.read() == data
         used = use_of(second)
-    assert used["read_bytes"] == SIZE
+    given = used["read_bytes"] + used["pushed_bytes"]
+    assert given >= SIZE  # a page may be asked for while it is being pushed
     assert used["local_bytes"] + used["remote_bytes"] == used["fetched_bytes"]
     assert SIZE <= used["fetched_bytes"] < 1.05 * SIZE  # the manifest is fetched too
-    assert used["amplification"] == used["fetched_bytes"] / SIZE
+    assert used["amplification"] == used["fetched_bytes"] / given
     assert used["write_bytes"] == 0
     assert 0 < used["stream_requests"] <= used["read_requests"]
     (view,) = used["views"]
