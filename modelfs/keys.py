@@ -14,8 +14,9 @@ history/<parent>/<name>\\0<number>
 inodes                  how many blocks of inode numbers have been handed out
 dirmove                 put by every move of a directory between directories, to serialise them
 seq                     put by every transaction, with the id of the operation
-security/trust          Trust: the authorities of the cluster, and who signs   (modelfsd.security)
+security/trust          Trust: the authorities of the cluster, and who signs   (modelfsd.rotation)
 security/revoked/<id>   Removed: a node that was removed, for good
+security/at/<id>        the step of Trust that a node has taken, decimal
 security/token/<id>     TokenRecord: what is kept of a join token; bound to a lease of its own
 etcd-join               held by a node while it joins etcd as a member
 """
@@ -78,6 +79,11 @@ def node(node_id: NodeId) -> bytes:
 def revoked(node_id: NodeId) -> bytes:
     """The key that refuses a node."""
     return REVOKED_PREFIX + node_id.encode("ascii")
+
+
+def trust_step(node_id: NodeId) -> bytes:
+    """The key that says how far a node has followed a change of the authority."""
+    return b"security/at/" + node_id.encode("ascii")
 
 
 def revoked_node(key: bytes) -> NodeId | None:

@@ -26,6 +26,7 @@ from modelfs.errors import (
 )
 from modelfs.ids import ClusterId
 from modelfsd import identity as identities
+from modelfsd import pki
 from modelfsd.cluster_record import ClusterRecord, found_in, read_record
 from modelfsd.config import Config
 from modelfsd.discovery import Discovery
@@ -94,7 +95,7 @@ class Bootstrap:
         """Raises `UserError` if the user must decide, `MetadataUnavailable` if nobody answers."""
         self._check_request()
         config = self._config
-        if self._identity.cluster:
+        if self._identity.cluster and not self._is_left_behind():
             self._certify()
             return await (self._enter_external() if config.etcd else self._return())
         if config.join is not None:
@@ -140,6 +141,14 @@ class Bootstrap:
                 "--data-tls is settled when a cluster is founded: this one has "
                 f"it {'on' if self._identity.data_tls else 'off'}"
             )
+
+    def _is_left_behind(self) -> bool:
+        """Whether a token speaks of an authority that we have not heard of: it was replaced."""
+        token = self._config.join
+        if token is None or not self._keys.is_whole:
+            return token is not None
+        _, trusted = self._keys.load_authority()
+        return token.fingerprint not in map(pki.fingerprint, trusted)
 
     def _new_claim(self, name: str) -> Claim:
         return Claim(self._identity.node, identities.new_cluster_id(), name, time.time())
@@ -197,6 +206,8 @@ class Bootstrap:
         self._keys.take(authority, trusted, revoked)
         self._keys.accept(welcome.node_certificate, welcome.client_certificate)
         self._keys.certify(Party(cluster, self._identity.node), self._addresses, time.time())
+        if self._identity.cluster == cluster:  # it was left behind, and is as it was
+            return await (self._enter_external() if config.etcd else self._return())
         endpoints = config.etcd or tuple(welcome.endpoints)
         store = self._new_store(endpoints)
         try:

@@ -12,6 +12,8 @@ from modelfsd.control import call
 from modelfsd.registry import Registry
 
 ANSWER_SECONDS = 20.0
+REMOVE_SECONDS = 60.0
+ROTATE_SECONDS = 1000.0  # three steps, each with a restart of etcd on one node after the other
 
 StateDir = Annotated[
     str | None, typer.Option(metavar="DIR", help="The node with this state directory.")
@@ -35,6 +37,43 @@ def token(
     print(json.dumps(answer, indent=2) if as_json else answer["token"])
 
 
+node_app = typer.Typer(no_args_is_help=True, help="The cluster's nodes.")
+ca_app = typer.Typer(no_args_is_help=True, help="The cluster's authority.")
+
+
+@node_app.command("remove")
+def node_remove(
+    name: Annotated[str, typer.Argument(help="The node's name or id.")],
+    state_dir: StateDir = None,
+    mount: Mount = None,
+) -> None:
+    """Shut a node out for good: its certificates are refused from now on, by all others."""
+    control = choose_daemon(Registry(), state_dir, mount)
+    answer = call(control, "remove", REMOVE_SECONDS, name=name)
+    print(
+        f"removed {answer['name']} ({answer['node']}): its chunks get new copies, and etcd "
+        "restarts on one node after the other.\nIf others have had access to its disk, replace the "
+        "authority too: modelfs ca rotate"
+    )
+
+
+@ca_app.command("rotate")
+def ca_rotate(
+    force: Annotated[bool, typer.Option("--force", help="Also while nodes are down.")] = False,
+    state_dir: StateDir = None,
+    mount: Mount = None,
+) -> None:
+    """Replace the authority that signs all certificates, while the cluster runs."""
+    control = choose_daemon(Registry(), state_dir, mount)
+    answer = call(control, "rotate", ROTATE_SECONDS, force=force)
+    print(
+        f"the authority was replaced on {answer['nodes']} nodes; its SHA-256 is "
+        f"{answer['fingerprint']}.\nJoin tokens that were made before are of no more use."
+    )
+
+
 def add_commands(app: typer.Typer) -> None:
     """Make them part of the `modelfs` command."""
     app.command()(token)
+    app.add_typer(node_app, name="node")
+    app.add_typer(ca_app, name="ca")

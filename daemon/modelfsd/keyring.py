@@ -6,6 +6,8 @@
     node.crt      see `pki`
     client.crt
     revoked.crl   the nodes whose certificates are refused
+    next.key      the key of an authority that this node has made, and that does not sign yet
+    next.crt      its certificate
 
 The directory has mode 0700 and the files 0600 from the first instant. Each file is replaced as a
 whole. A certificate can be replaced while etcd runs, since the key beside it stays: etcd reads
@@ -82,6 +84,26 @@ class KeyRing:
         others = [each for each in trusted if each != authority.certificate]
         self._write("ca.crt", pki.to_pem([authority.certificate, *others]))
         self.refuse(revoked, since if now is None else now, authority)
+
+    def make_next(self, cluster: ClusterId, now: float) -> Authority:
+        """Make an authority that is to take over, and keep its key before anybody hears of it."""
+        authority = pki.found_authority(cluster, now)
+        self._write("next.crt", pki.to_pem([authority.certificate]))
+        self._write("next.key", pki.key_to_pem(authority.key))
+        return authority
+
+    def load_next(self, certificate: Certificate) -> Authority | None:
+        """That authority, if it is the one with this certificate."""
+        try:
+            key = pki.parse_key(self._read("next.key"))
+        except (FileNotFoundError, ProtocolError):
+            return None
+        return Authority(certificate, key) if pki.belongs(certificate, key) else None
+
+    def forget_next(self) -> None:
+        """It signs now, and stands where such keys do."""
+        for name in ("next.key", "next.crt"):
+            self._path(name).unlink(missing_ok=True)
 
     def refuse(
         self, revoked: Iterable[NodeId], now: float, authority: Authority | None = None

@@ -59,10 +59,12 @@ from modelfsd.peer_server import PeerServer
 from modelfsd.policies import Policies
 from modelfsd.pusher import Pusher
 from modelfsd.recovery_service import RecoveryService
+from modelfsd.removal import Removal
 from modelfsd.repairer import Repairer
 from modelfsd.replica_file import ReplicaFile
 from modelfsd.replicator import Replicator
 from modelfsd.retention import Retention
+from modelfsd.rotation import Rotation
 from modelfsd.security import Security
 from modelfsd.space import Space
 from modelfsd.status import Status
@@ -131,7 +133,7 @@ class Node:
         self._config, self._identity = config, entered.identity
         self._store, self._member, self._discovery = entered.store, entered.member, discovery
         self._tls = Tls(entered.keys, entered.identity.party, entered.identity.data_tls)
-        self._nursery = nursery
+        self._nursery, self._is_etcd_ours = nursery, not config.etcd
         self._warnings: list[str] = []
         path = config.state_dir / "namespace.sqlite"
         self._replica = ReplicaFile(path, entered.identity.cluster)
@@ -202,7 +204,7 @@ class Node:
             config.state_dir,
             self._store,
             self._member,
-            not config.etcd,
+            self._is_etcd_ours,
             self._feed.mirror,
             self._server,
             self._peers,
@@ -294,12 +296,16 @@ class Node:
         """Mount, and answer the kernel until the mount is gone."""
         mountpoint = self._config.mountpoint
         history = History(self._writer, self._store, self._chunks.name_of, mountpoint)
+        removal = Removal(self._namespace, self._store, self._identity.node, self._is_etcd_ours)
+        rotation = Rotation(self._identity, self._tls.keys, self._store, self._feed.mirror)
         handlers = {
             "status": self._status.status,
             "info": self._status.info,
             "drop": self._drop.drop,
             "stop": self._stop,
             "token": self._admission.token,
+            "remove": removal.remove,
+            "rotate": rotation.rotate,
             "versions": history.versions,
             "restore": history.restore,
             "policy": Policies(self._namespace).policy,

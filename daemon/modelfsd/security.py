@@ -7,21 +7,26 @@ handshake, and the members of etcd restart in turn, which ends the connections t
 (`etcd_restart`).
 
 Our own certificate is renewed with the authority's key well before it expires; new connections use
-it from then on, and nothing restarts.
+it from then on, and nothing restarts. A change of the authority is `rotation`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 
-from modelfs.errors import UserError
+from modelfs import keys
+from modelfs.errors import MetadataUnavailable, ProtocolError, RemoteError, UserError
 from modelfs.ids import NodeId
 from modelfs.mirror import Change, Mirror, SecurityChanged
+from modelfs.ports import Put, Txn
 from modelfsd import identity as identities
+from modelfsd import joining
 from modelfsd.etcd import EtcdStore
 from modelfsd.etcd_join import UNAVAILABLE
 from modelfsd.etcd_member import EtcdMember
@@ -29,6 +34,8 @@ from modelfsd.etcd_restart import restart_in_turn
 from modelfsd.etcd_tls import EtcdTls
 from modelfsd.peer_client import PeerClient
 from modelfsd.peer_server import PeerServer
+from modelfsd.pki import Authority, Certificate
+from modelfsd.rotation import Trust, trust_of
 from modelfsd.tls import Tls
 
 log = logging.getLogger(__name__)
@@ -102,11 +109,60 @@ class Security:
                 "this node was removed from the cluster (`modelfs node remove`): move "
                 f"{self._state_dir} away to join as a new node with a token"
             )
+        trust = trust_of(self._mirror)
+        if trust is not None:
+            await self._follow_trust(trust, removed)
         await self._renew()
         await self._list_removed(removed)
         if self._is_restart_due and self._member is not None:
             await restart_in_turn(self._store, self._member, self._party.node)
             self._is_restart_due = False
+        if trust is not None:
+            await self._tell_step(trust.step)
+
+    async def _follow_trust(self, trust: Trust, removed: set[NodeId]) -> None:
+        """Trust whom the cluster trusts, and sign with the key of who signs."""
+        wanted, signer = trust.open()
+        authority, trusted = await trio.to_thread.run_sync(self._keys.load_authority)
+        if set(wanted) == set(trusted) and authority.certificate == signer:
+            return
+        if authority.certificate != signer:
+            authority = await self._obtain(signer)
+        take = partial(self._keys.take, authority, wanted, removed)
+        await trio.to_thread.run_sync(take)
+        await trio.to_thread.run_sync(self._certify)
+        self._use_new_files()
+        # etcd reads the certificates at each handshake, but whom to trust only when it starts.
+        if set(wanted) != set(trusted):
+            self._is_restart_due = self._member is not None
+        log.info("taking step %d in changing the authority", trust.step)
+
+    async def _obtain(self, signer: Certificate) -> Authority:
+        """The key of the authority that signs now: ours, or from a member that has it."""
+        ours = await trio.to_thread.run_sync(self._keys.load_next, signer)
+        if ours is not None:
+            return ours
+        request = joining.Request(joining.FORMAT, b"", b"", self._party.node, b"", [])
+        for node, record in list(self._mirror.nodes.items()):
+            if node == self._party.node:
+                continue
+            try:
+                letter = await self._peers.fetch_letter(
+                    record.host, record.port, msgspec.msgpack.encode(request)
+                )
+                authority, _, _ = joining.decode_welcome(letter).open()
+            except (RemoteError, ProtocolError) as error:
+                log.info("node %s did not hand over the authority: %s", node, error)
+                continue
+            if authority.certificate == signer:
+                return authority
+        raise MetadataUnavailable("no member has the new authority's key yet")
+
+    async def _tell_step(self, step: int) -> None:
+        key, value = keys.trust_step(self._party.node), b"%d" % step
+        row = self._mirror.other(key)
+        if row is None or row.value != value:
+            await self._store.commit(Txn((), (Put(key, value),)))
 
     async def _renew(self) -> None:
         if await trio.to_thread.run_sync(self._certify):
@@ -128,5 +184,6 @@ class Security:
         """Put the removed nodes on etcd's list, and end what connections they have to ours."""
         if await trio.to_thread.run_sync(self._keys.listed) == removed:
             return
-        self._is_restart_due = self._member is not None
         await trio.to_thread.run_sync(lambda: self._keys.refuse(removed, time.time()))
+        self._use_new_files()
+        self._is_restart_due = self._member is not None

@@ -73,6 +73,9 @@ def client_context(keys: KeyRing, certificate: Path | None = None) -> ssl.SSLCon
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(cafile=keys.ca)
     context.load_cert_chain(certificate or keys.node, keys.node_key)
+    if len(keys.load_authority()[1]) == 1:  # the list is that of the authority which signs
+        context.load_verify_locations(cafile=keys.revoked)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     return context
 
 

@@ -125,6 +125,8 @@ def test_the_help_names_what_there_is_and_nothing_else() -> None:
         "restore",
         "recover",
         "token",
+        "node",
+        "ca",
         "lab",
         "cache",
     ):
