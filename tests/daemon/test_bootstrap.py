@@ -47,6 +47,7 @@ class Network:
         self.found: list[Found] = []
         self.announced: list[Announcement] = []
         self.asked: list[HostPort] = []
+        self.authority = authority(OURS)
         self.infos: dict[tuple[str, int], dict[str, Any]] = {}
         self.etcds: dict[str, MemoryMetadataStore] = {}
         network = self
@@ -114,7 +115,7 @@ class Network:
         self.asked.append(address)
         if address not in self.infos:
             raise Unreachable(f"{address[0]}: connection refused")
-        ours = authority(OURS)
+        ours = self.authority
         party = Party(OURS, applicant.node)
         node, client = pki.issue(ours, applicant.key.public_key(), party, [], time.time())
         return Welcome(
@@ -183,6 +184,21 @@ async def test_a_token_lets_a_node_in_for_good(
     again = await enter(network, tmp_path)
     assert again.identity == entered.identity and len(network.asked) == 3
     await enter(network, tmp_path, join=TOKEN)  # as in fstab: it is in already
+
+
+async def test_a_node_that_missed_a_new_authority_comes_back_with_a_token(
+    tmp_path: Path, network: Network
+) -> None:
+    first = await join(network, tmp_path, "ext")
+    network.authority = pki.found_authority(OURS, time.time())
+    with_it, _ = new_token(
+        OURS, pki.fingerprint(network.authority.certificate), [("10.0.0.1", 1)], 0.0, 1.0, 1
+    )
+    again = await enter(network, tmp_path, etcd=("ext",), join=with_it)
+    assert again.identity == first.identity
+    keys = again.keys.load()
+    assert keys.trusted == (network.authority.certificate,)
+    assert pki.is_signed_by(keys.node, network.authority.certificate)
 
 
 async def test_members_are_waited_for_and_then_the_user_is_told(

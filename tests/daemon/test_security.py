@@ -1,0 +1,104 @@
+"""A running node's keys: renewed without a restart, and a removed node that hears of it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+
+from modelfs import keys
+from modelfs.ids import NodeId, Revision
+from modelfs.mirror import Mirror, SecurityChanged
+from modelfs.ports import Event
+from modelfsd import identity as identities
+from modelfsd.pki import Party
+from modelfsd.security import Removed, Security
+from modelfsd.tls import Tls
+from tests.daemon.peer_parts import CLIENT, SERVER, Served, served
+from tests.pki_parts import CLUSTER, key_ring, tls_of
+
+DAY = 86400.0
+
+
+class Store:
+    """As much of `EtcdStore` as keys need."""
+
+    def __init__(self) -> None:
+        self.renewals = 0
+
+    def set_credentials(self, credentials: object) -> None:
+        self.renewals += 1
+
+
+def security(peer: Served, tls: Tls, mirror: Mirror, state_dir: Path, store: Store) -> Security:
+    etcd: Any = store
+    client = peer.client()
+    return Security(tls, "127.0.0.1", state_dir, etcd, None, True, mirror, peer.server, client)
+
+
+def shown_by(peer: Served) -> x509.Certificate:
+    with closing(peer.raw()) as connection:
+        shown = connection.getpeercert(binary_form=True)
+        assert shown is not None
+        return x509.load_der_x509_certificate(shown)
+
+
+def removed(node: NodeId, revision: int) -> list[Event]:
+    return [Event(keys.revoked(node), b"", Revision(revision), Revision(revision))]
+
+
+async def test_a_certificate_is_renewed_while_the_node_serves(tmp_path: Path) -> None:
+    ring = key_ring(SERVER, directory=tmp_path)
+    party, store = Party(CLUSTER, SERVER), Store()
+    ring.certify(party, ["127.0.0.1"], time.time() - 61 * DAY, force=True)
+    tls = Tls(ring, party)
+    with served(tls=tls) as peer:
+        driver = security(peer, tls, Mirror(), tmp_path, store)
+        client = peer.client()
+        await client.ping(SERVER)
+        before = shown_by(peer)
+        await driver._follow()
+        after = shown_by(peer)
+        assert (after.not_valid_after_utc - before.not_valid_after_utc).days == 61
+        assert after.public_key() == before.public_key() and store.renewals == 1
+        await client.ping(SERVER)
+        assert client.statistics()[SERVER].connects == 1, "open connections go on"
+        await driver._follow()
+        assert store.renewals == 1
+        client.close()
+
+
+@pytest.mark.expected_logs("is refused|closed the connection")
+async def test_a_removal_counts_in_the_step_in_which_the_mirror_shows_it(tmp_path: Path) -> None:
+    ring, store = key_ring(SERVER, directory=tmp_path), Store()
+    tls, mirror = Tls(ring, Party(CLUSTER, SERVER)), Mirror()
+    with served(tls=tls) as peer:
+        driver = security(peer, tls, mirror, tmp_path, store)
+        client, other = peer.client(), peer.client(tls_of(NodeId("2" * 16)))
+        await client.ping(SERVER)
+        await other.ping(SERVER)
+        changes = mirror.apply(removed(CLIENT, 5))
+        assert changes == [SecurityChanged()]
+        driver.on_changes(changes)
+        assert tls.refused == {CLIENT} and ring.listed() == set()
+        await driver._follow()
+        assert ring.listed() == {CLIENT} and store.renewals == 1
+        await other.ping(SERVER)
+        assert other.statistics()[SERVER].connects == 1
+        client.close()
+        other.close()
+
+
+async def test_a_node_that_was_removed_ends_and_remembers_it(tmp_path: Path) -> None:
+    ring, mirror = key_ring(SERVER, directory=tmp_path), Mirror()
+    mirror.apply(removed(SERVER, 5))
+    tls = Tls(ring, Party(CLUSTER, SERVER))
+    with served(tls=tls) as peer:
+        driver = security(peer, tls, mirror, tmp_path, Store())
+        with pytest.raises(Removed, match="join as a new node with a token"):
+            await driver.run()
+    assert identities.is_removed(tmp_path)
