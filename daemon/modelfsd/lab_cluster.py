@@ -45,6 +45,7 @@ MESH_SECONDS = 60.0  # until all nodes see each other
 STATUS_SECONDS = 5.0
 POLL_SECONDS = 0.1
 UMOUNT_SECONDS = 20.0
+PAUSE_SECONDS = 5.0  # for a process to stop
 KILL_SECONDS = 10.0
 STARTS_AT_ONCE = 8
 LAST_LINES = 20
@@ -153,6 +154,7 @@ class Lab:
         if not processes:
             raise UserError(f"node {name} does not run")
         lab_processes.send(processes, signal.SIGSTOP)
+        lab_processes.wait_stopped(processes, PAUSE_SECONDS)
 
     def start(self, name: str) -> None:
         """Resume a paused node, or start a killed one again and wait until it is mounted.

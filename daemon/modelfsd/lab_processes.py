@@ -23,6 +23,7 @@ from modelfsd.registry import process_start_ticks
 
 MARK = "MODELFS_LAB_NODE"
 ENVIRONMENT_BYTES_MAX = 4 << 20
+POLL_SECONDS = 0.001  # between looks whether a signal has been taken
 ROUNDS_MAX = 20  # of finding and killing, for processes that start others meanwhile
 
 
@@ -111,6 +112,28 @@ def wait_ended(processes: dict[int, int], seconds: float) -> bool:
         finally:
             os.close(handle)
     return True
+
+
+def wait_stopped(pids: Iterable[int], seconds: float) -> bool:
+    """Wait until every thread of these has taken its SIGSTOP: until then they go on answering.
+
+    False if one has not after `seconds`; one that waits in the kernel stops when it comes out.
+    """
+    deadline = time.monotonic() + seconds
+    while not all(_is_all_stopped(pid) for pid in pids):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _is_all_stopped(pid: int) -> bool:
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except FileNotFoundError:
+        return True
+    states = {_state_of(int(thread)) for thread in threads}
+    return states <= {"T", "t", "X", "Z", None}
 
 
 def are_stopped(processes: dict[int, int]) -> bool:

@@ -16,7 +16,7 @@ from modelfs.errors import MetadataUnavailable, MetadataUncertain, OutOfSpace
 from modelfs.ids import NodeId, Revision
 from modelfs.ports import Compare, Delete, Target, Txn
 from modelfs.testing.contract_metadata import collect, put
-from modelfsd import etcd, etcd_channel, etcd_process
+from modelfsd import etcd, etcd_channel, etcd_process, lab_processes
 from modelfsd.etcd import EtcdStore
 from modelfsd.etcd_channel import Fate, judge
 from modelfsd.etcd_http2 import Status
@@ -61,6 +61,7 @@ def paused(member: EtcdMember) -> Iterator[None]:
     pid = member.process.pid
     assert pid is not None
     os.kill(pid, signal.SIGSTOP)
+    assert lab_processes.wait_stopped([pid], 10)
     try:
         yield
     finally:

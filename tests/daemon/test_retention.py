@@ -160,8 +160,8 @@ async def test_no_version_is_missed_while_others_supersede_and_delete(
             await writer.make_file(name)
             await writer.write_file(name, rng.randbytes(5 * KIB))
 
-        async def change_names() -> None:
-            while True:
+        async def change_names(finished: trio.Event) -> None:
+            while not finished.is_set():  # not cancelled: the kernel's requests are not, either
                 name = rng.choice(names)
                 if writer.mirror.child(ROOT_INODE, name) is None:
                     await writer.make_file(name)
@@ -172,8 +172,9 @@ async def test_no_version_is_missed_while_others_supersede_and_delete(
 
         for _ in range(5):
             seen: set[bytes] = set()
+            finished = trio.Event()
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(change_names)
+                nursery.start_soon(change_names, finished)
                 await trio.testing.wait_all_tasks_blocked()
                 needed = await manifests_in(surveyor)
                 await surveyor.feed.fresh()
@@ -184,7 +185,7 @@ async def test_no_version_is_missed_while_others_supersede_and_delete(
                     for _ in range(rng.randrange(8)):
                         await trio.lowlevel.checkpoint()
                 seen |= {pin.manifest.id for pin in await retention_of(surveyor).retained()}
-                nursery.cancel_scope.cancel()
+                finished.set()
             assert needed <= seen
 
 
