@@ -17,6 +17,8 @@ import pytest
 from modelfsd import mounts, tokens
 from modelfsd.control import call
 from modelfsd.lab import Lab
+from modelfsd.lab_net import LabNetwork
+from modelfsd.lab_state import lab_tag
 from tests.mount.mount_parts import CHILD_SECONDS, has_quorum, in_child, refused, run, wait_until
 
 pytestmark = pytest.mark.fuse
@@ -137,3 +139,42 @@ def is_writable(path: Path) -> bool:
     except OSError:
         return False
     return path.read_bytes() == b"here"
+
+
+def test_machines_that_start_at_once_found_one_cluster(test_root: Path) -> None:
+    """With real multicast: one founds, the others say how to join it, and leave nothing behind."""
+    root = Path(tempfile.mkdtemp(prefix="race-", dir=test_root))
+    network = LabNetwork(lab_tag(root), 3)
+    network.up()
+    mounts_at = [root / f"n{index}" / "mnt" for index in (1, 2, 3)]
+    environment = {**os.environ, "MODELFS_RUN_DIR": f"{root}/run", "MODELFS_CONFIG": "/dev/null"}
+    python = [sys.executable, "-m", "modelfsd"]
+    try:
+        started = []
+        for index, mount in enumerate(mounts_at, 1):
+            mount.mkdir(parents=True)
+            command = [*python, "mount", str(mount), "--state-dir", str(mount.parent / "state")]
+            command += ["--name", f"n{index}", "--listen", network.address(index)]
+            started.append(
+                subprocess.Popen(
+                    network.enter(index, command),
+                    env=environment,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        words = [child.communicate(timeout=CHILD_SECONDS)[1] for child in started]
+        codes = [child.returncode for child in started]
+        assert sorted(codes) == [0, 2, 2], words
+        for index, mount in enumerate(mounts_at):
+            if codes[index] == 2:
+                assert f"modelfs mount {mount} --join TOKEN" in words[index]
+                assert not (mount.parent / "state" / "pki").exists()
+                assert not (mount.parent / "state" / "etcd").exists()
+        (mounts_at[codes.index(0)] / "file").write_bytes(b"founded")
+    finally:
+        for index, mount in enumerate(mounts_at, 1):
+            if mounts.mount_at(mount) is not None:
+                command = network.enter(index, [*python, "umount", str(mount)])
+                subprocess.run(command, check=True, env=environment, timeout=CHILD_SECONDS)
+        network.down()

@@ -5,6 +5,7 @@ The tests build on one another: each leaves a cluster that works.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import ssl
@@ -198,3 +199,17 @@ def test_another_authority_takes_over_while_files_are_written(lab: Lab) -> None:
     (left[1].mount / "rotated").write_bytes(CONTENTS)
     for node in left:
         assert (node.mount / "rotated").read_bytes() == CONTENTS
+
+
+def test_a_cluster_may_leave_its_chunks_unencrypted(test_root: Path) -> None:
+    root = Path(tempfile.mkdtemp(prefix="plain-", dir=test_root))
+    with Lab.up(root, 2, arguments=["--data-tls", "off"]) as lab:
+        first, second = lab.nodes
+        (first.mount / "file").write_bytes(CONTENTS)
+        assert (second.mount / "file").read_bytes() == CONTENTS
+        lab.kill("n2")
+        lab.start("n2")
+        (first.mount / "other").write_bytes(CONTENTS)
+        assert (second.mount / "other").read_bytes() == CONTENTS
+        for node in lab.nodes:
+            assert json.loads((node.state_dir / "node.json").read_text())["data_tls"] is False
