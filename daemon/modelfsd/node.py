@@ -345,7 +345,9 @@ class Node:
         if not_set := await self._mount.tune():
             text = ", ".join(not_set)
             log.info("running without root: some kernel settings stay as they are (%s)", text)
-            self._warnings.append(f"kernel settings could not be raised ({text}): reads are slower")
+            self._warnings.append(
+                f"kernel settings could not be raised ({text}): parallel reads are slower"
+            )
         config, identity = self._config, self._identity
         await self._discovery.announce(
             Announcement(
