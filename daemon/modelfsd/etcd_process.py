@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 LOG_BYTES_MAX = 10 * MIB
 LOG_TAIL_BYTES = 2000  # shown to people
 LOG_SEARCH_BYTES = 256 << 10  # looked through for the reason of an end
-STOP_SECONDS = 10.0  # etcd closes its files and hands its leadership on
+# etcd lets its clients finish, hands its leadership on and closes its files. It gives a step 10 s
+# (its request timeout, 5 s and two elections), for example if who shall lead has just died.
+STOP_SECONDS = 14.0
 
 # The disk is shared with bulk data, whose fsyncs delay etcd's by seconds: an election timeout of
 # ten heartbeats, and more than 2 s. Pre-vote keeps a member that was paused or cut off from
