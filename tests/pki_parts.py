@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,7 +36,9 @@ def key_ring(
     directory: Path | None = None,
 ) -> KeyRing:
     """A node's files, in a directory of their own if none is given."""
-    directory = directory or Path(tempfile.mkdtemp(prefix="keys-"))
+    directory = directory or Path(
+        tempfile.mkdtemp(prefix="keys-", dir=os.environ["MODELFS_TEST_ROOT"])
+    )
     keys = KeyRing(directory)
     ours = authority(cluster)
     keys.take(ours, (ours.certificate,), ())
