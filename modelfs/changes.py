@@ -22,6 +22,7 @@ name's history (see `history`); without one nothing is kept.
 from __future__ import annotations
 
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -372,12 +373,12 @@ def take_lease(mirror: Mirror, ino: InodeNumber, node: NodeId, etcd_lease: int) 
     return draft.plan(None)
 
 
-def drop_lease(mirror: Mirror, ino: InodeNumber, token: Revision) -> Plan[None]:
-    """Give back the right to write; nothing to do if it is not ours any more."""
-    held = mirror.lease(ino)
-    if held is None or held[1] != token:
-        return Plan(Txn((), ()), None)
+def drop_leases(mirror: Mirror, tokens: Mapping[InodeNumber, Revision]) -> Plan[None]:
+    """Give back the right to write some files; nothing to do where it is not ours any more."""
     draft = _Draft()
-    draft.compares.append(Compare(keys.lease(ino), Target.CREATE, token))
-    draft.delete(keys.lease(ino))
+    for ino, token in tokens.items():
+        held = mirror.lease(ino)
+        if held is not None and held[1] == token:
+            draft.compares.append(Compare(keys.lease(ino), Target.CREATE, token))
+            draft.delete(keys.lease(ino))
     return draft.plan(None)

@@ -19,7 +19,7 @@ import msgspec
 from modelfs.chunk import ChunkRef
 from modelfs.errors import NameTooLong, ProtocolError
 from modelfs.ids import ChunkId, Epoch, InodeNumber, NodeId, Version
-from modelfs.limits import NAME_BYTES_MAX, RECORD_BYTES_MAX
+from modelfs.limits import INLINE_BYTES_MAX, NAME_BYTES_MAX, RECORD_BYTES_MAX
 from modelfs.manifest import PlacedChunk
 
 Record = TypeVar("Record")
@@ -202,6 +202,13 @@ def check_name(name: bytes) -> bytes:
     if len(name) > NAME_BYTES_MAX:
         raise NameTooLong(name)
     return name
+
+
+def small_contents(record: Inode) -> bytearray | None:
+    """A copy of the contents, if the record holds them and they are few."""
+    if record.manifest is not None or record.size > INLINE_BYTES_MAX:
+        return None
+    return bytearray((record.inline or b"").ljust(record.size, b"\0"))
 
 
 def writer_of(value: bytes) -> NodeId:

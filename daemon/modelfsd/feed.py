@@ -36,7 +36,8 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.2  # between attempts to watch: etcd's own reconnect is about as fast
 OPERATIONS_REMEMBERED = 4096  # of our own transactions, to settle the uncertain ones
-FILE_BATCHES_MAX = 1024  # watch batches that wait for the replica file
+FILE_BATCHES_MAX = 4096  # watch batches that wait for the replica file
+FILE_PAUSE_SECONDS = 0.25  # what comes meanwhile is written with it, in one transaction
 WAIT_SECONDS = 10.0  # for a revision that etcd has and the watch has not brought yet
 
 Listener = Callable[[list[Change]], None]
@@ -145,6 +146,7 @@ class Feed:
     async def _keep_file(self) -> None:
         """Write what has been applied to the replica file, many batches at a time."""
         async for batch in self._file_batches:
+            await trio.sleep(FILE_PAUSE_SECONDS)
             waiting = [batch]
             while len(waiting) < FILE_BATCHES_MAX:
                 try:

@@ -40,7 +40,8 @@ from modelfsd.readahead import Readahead
 from modelfsd.sent_back import SentBack
 from modelfsd.tree import Caller, NewInode, Tree
 from modelfsd.uses import FileUses, current_use
-from modelfsd.writer import Writer, WriteSession
+from modelfsd.write_session import WriteSession
+from modelfsd.writer import Writer
 
 log = logging.getLogger(__name__)
 
@@ -346,4 +347,4 @@ async def settle(files: Files, writer: Writer) -> None:
         await files.close_all()
         await writer.flush_all()
     if scope.cancelled_caught:
-        log.error("not everything could be committed in %.0f s; the rest is kept", STOP_SECONDS)
+        await writer.give_up(STOP_SECONDS)

@@ -27,6 +27,7 @@ from modelfsd.stages import timed
 
 IN_FLIGHT_MAX = 2  # one on its way while one is being written; a third gained nothing
 MERGED_MAX = 24  # a create has 2 comparisons and 4 operations
+WAITING_MIN = MERGED_MAX // 2  # fewer wait for the one in flight, and then share one
 
 
 @dataclass(slots=True, eq=False)
@@ -53,7 +54,8 @@ class GroupCommit:
         """Carry out a transaction, and put `seq` with the operation's id. Raises as the store."""
         ticket = _Ticket(txn, operation)
         self._waiting.append(ticket)
-        if self._in_flight < IN_FLIGHT_MAX:
+        is_due = not self._in_flight or len(self._waiting) >= WAITING_MIN
+        if is_due and self._in_flight < IN_FLIGHT_MAX:
             self._in_flight += 1
             self._start(self._send_all)
         await ticket.done.wait()

@@ -32,7 +32,7 @@ from modelfs.ids import ROOT_INODE, InodeNumber, KernelId
 from modelfs.inode import Inode
 
 if TYPE_CHECKING:
-    from modelfsd.writer import WriteSession
+    from modelfsd.write_session import WriteSession
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ leases are looked for and given back.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 RESERVED_SECONDS = 2.0  # for the kernel to come back with the OPEN that it was sent away with
 LINGER_SECONDS = 0.02  # after the last close: `echo >> log` in a loop takes one lease, not many
+DROPPED_MAX = 100  # leases that one transaction gives back
 SWEEP_SECONDS = 5.0  # a lease that nobody holds in two looks in a row is left over
 WAITERS_MAX = 64  # opens that wait for other nodes; far below the requests FUSE has in hand
 
@@ -56,6 +58,8 @@ class Leases:
         self._holders: dict[InodeNumber, tuple[Revision, Loser]] = {}
         self._waiting: dict[InodeNumber, trio.Event] = {}
         self._waiter_count = 0
+        self._lingering: deque[tuple[float, InodeNumber, _Reservation]] = deque()
+        self._is_giving_back = False
         run_in_background(self._sweep)
 
     def on_changes(self, announced: list[Change]) -> None:
@@ -128,8 +132,7 @@ class Leases:
         """Keep a lease for the next open for writing on this node, then give it back.
 
         For the OPEN of a newer kernel inode that the kernel will send next: else writers on other
-        nodes could slip in between for ever, and the kernel looks again only once. And after a
-        close, for the open that often follows; the others wait those milliseconds longer.
+        nodes could slip in between for ever, and the kernel looks again only once.
         """
         self._holders.pop(ino, None)
         reserved = self._reserved[ino] = _Reservation(token)
@@ -142,6 +145,36 @@ class Leases:
         if self._reserved.get(ino) is reserved:  # not a later one of the same lease
             del self._reserved[ino]
             await self.drop(ino, reserved.token)
+
+    def linger(self, ino: InodeNumber, token: Revision) -> None:
+        """Keep a lease for a moment after the last close, for the open that often follows.
+
+        Writers on other nodes wait those milliseconds longer. What was closed in the meantime is
+        given back in one transaction: a thousand small files cost no thousand of them.
+        """
+        self._holders.pop(ino, None)
+        reserved = self._reserved[ino] = _Reservation(token)
+        self._lingering.append((trio.current_time() + LINGER_SECONDS, ino, reserved))
+        if not self._is_giving_back:
+            self._is_giving_back = True
+            self._start(self._give_back)
+
+    async def _give_back(self) -> None:
+        """Give back what has lingered long enough, until nothing lingers."""
+        try:
+            while self._lingering:
+                await trio.sleep(LINGER_SECONDS)
+                now = trio.current_time()
+                due: dict[InodeNumber, Revision] = {}
+                while self._lingering and self._lingering[0][0] <= now and len(due) < DROPPED_MAX:
+                    _, ino, reserved = self._lingering.popleft()
+                    if self._reserved.get(ino) is reserved:
+                        del self._reserved[ino]
+                        due[ino] = reserved.token
+                if due:
+                    await self._drop_all(due)
+        finally:
+            self._is_giving_back = False
 
     async def _wait_for_release(self, ino: InodeNumber) -> None:
         if self._waiter_count >= WAITERS_MAX:
@@ -158,13 +191,15 @@ class Leases:
         """Give a lease back. If etcd cannot be reached that is tried again later."""
         if ino in self._holders and self._holders[ino][0] == token:
             del self._holders[ino]
-        held = self._namespace.mirror.lease(ino)
-        if held is None or held[1] != token:
-            return
+        if self._is_held(ino, token):
+            await self._drop_all({ino: token})
+
+    async def _drop_all(self, tokens: dict[InodeNumber, Revision]) -> None:
         try:
-            await self._namespace.change(lambda mirror: changes.drop_lease(mirror, ino, token))
+            await self._namespace.change(lambda mirror: changes.drop_leases(mirror, tokens))
         except (MetadataUnavailable, MetadataUncertain) as error:
-            log.warning("the lease of inode %d could not be given back: %s", ino, error)
+            inodes = ", ".join(map(str, tokens))
+            log.warning("the leases of inodes %s could not be given back: %s", inodes, error)
 
     async def _sweep(self) -> None:
         """Give back what is left over, for ever."""

@@ -6,7 +6,12 @@ and remembered as a chunk; if this node is to hold it, the file itself moves int
 bytes are written once. What lies under a chunk position is, in this order: a staged chunk where it
 was written, a sealed chunk, the base version, zeros.
 
+A file whose contents stand in its inode record, before and after, needs none of this: all of it is
+*held* in memory. What outgrows that is *spilled* into a staging file, and so is what was not
+committed soon (`Writer`): then the end of a daemon loses no more than a moment.
+
 Invariants:
+- while the contents are held, nothing is staged or sealed, and they are `size` bytes;
 - a position is staged or sealed or neither, never both, except while it is being sealed;
 - `_base_limit` bytes of the base version are still part of the file: truncating lowers it for good;
 - `StagedChunk.under_limit` is the same for what lies under one staged chunk;
@@ -27,8 +32,8 @@ from modelfs import stripe
 from modelfs.chunk import Buffer, ChunkRef, is_zeros
 from modelfs.errors import FileTooLarge
 from modelfs.ids import Epoch, InodeNumber
-from modelfs.inode import Inode, encode
-from modelfs.limits import FILE_BYTES_MAX
+from modelfs.inode import Inode, encode, small_contents
+from modelfs.limits import FILE_BYTES_MAX, INLINE_BYTES_MAX
 from modelfs.manifest import PlacedChunk
 from modelfsd.contents import Contents, zeros
 from modelfsd.replicator import Placements, Replicator, name_chunk
@@ -70,6 +75,8 @@ class WorkingCopy:
         self._directory, self._commit_count = directory, 0
         self._files = StagingDirectory(directory)
         self._making = trio.Lock()
+        self._held = small_contents(base)
+        self.held_since: float | None = None  # trio's clock, if what is held was not committed
         self._path = path
         self._node_name = replicator.chunks.name_of(replicator.chunks.node_id)
 
@@ -78,7 +85,7 @@ class WorkingCopy:
         """What the file takes at most: what it took, and each chunk that was written to."""
         last = stripe.locate(self.base.chunk_bytes, self.size)[0]
         _, largest = stripe.span(self.base.chunk_bytes, last)
-        changed_bytes = (len(self._staged) + len(self.sealed)) * largest
+        changed_bytes = (len(self._staged) + len(self.sealed) + bool(self._held)) * largest
         return min(self.size, self.base.size - self.base.hole_bytes + changed_bytes)
 
     # ------------------------------------------------------------ writing
@@ -90,9 +97,16 @@ class WorkingCopy:
         """
         if offset + len(data) > FILE_BYTES_MAX:
             raise FileTooLarge(self.ino)
+        end = offset + len(data)
+        if self._held is not None and (end > INLINE_BYTES_MAX or self._making.locked()):
+            await self.spill()
+        if self._held is not None:
+            self._hold(max(self.size, end))
+            self._held[offset:end] = data
+            return []
         # Before anything is staged: a WRITE beside this one may complete a chunk that holds bytes
         # of this one, and what is sealed ends where the file ends.
-        self.size = max(self.size, offset + len(data))
+        self.size = max(self.size, end)
         self.is_dirty = True
         view = memoryview(data)
         completed: list[int] = []
@@ -101,6 +115,27 @@ class WorkingCopy:
             await self._stage(piece, view[done : done + piece.size], completed)
             done += piece.size
         return completed
+
+    def _hold(self, size: int) -> None:
+        """What is held is being changed, and has `size` bytes from now on."""
+        assert self._held is not None
+        self._held.extend(bytes(max(0, size - len(self._held))))
+        del self._held[size:]
+        self.size = size
+        self.is_dirty = True
+        if self.held_since is None:
+            self.held_since = trio.current_time()
+
+    async def spill(self) -> None:
+        """Write what is held in memory to a staging file. Raises `OutOfSpace`, OSError."""
+        async with self._making:
+            if self._held and self.is_dirty:
+                await trio.to_thread.run_sync(self._files.make, self._description(CRASHED, False))
+                staged = self._files.new_chunk(0, 0)
+                await trio.to_thread.run_sync(self._files.write, 0, staged, self._held, 0)
+                staged.extents.add(0, self.size)
+                self._staged[0] = staged
+            self._held = self.held_since = None
 
     async def _stage(
         self, piece: stripe.ChunkRange, data: memoryview, completed: list[int]
@@ -134,6 +169,11 @@ class WorkingCopy:
         if size > FILE_BYTES_MAX:
             raise FileTooLarge(self.ino)
         shrinks = size < self.size
+        if self._held is not None and size <= INLINE_BYTES_MAX:
+            self._hold(size)
+            self._cut_size, self._base_limit = size, min(self._base_limit, size)
+            return
+        await self.spill()
         if self._files.is_made:
             await trio.to_thread.run_sync(self._files.note_size, size, shrinks)
         self.size = self._cut_size = size
@@ -176,6 +216,8 @@ class WorkingCopy:
         size = min(size, self.size - offset)
         if size <= 0:
             return b""
+        if self._held is not None:
+            return bytes(memoryview(self._held)[offset : offset + size])
         parts: list[bytes | memoryview] = []
         for piece in stripe.cut(self.base.chunk_bytes, offset, size):
             staged = self._staged.get(piece.index)
@@ -311,18 +353,22 @@ class WorkingCopy:
             "is_lost": is_lost,
         }
 
-    def rebase(self, committed: Inode) -> StagingDirectory:
+    def rebase(self, committed: Inode) -> StagingDirectory | None:
         """The copy has been committed as this record: it is the base now.
 
-        Returns the staging directory, which nobody needs any more; writes begin a new one.
+        Returns the staging directory, if there is one: nobody needs it any more, and the next
+        write begins a new one.
         """
         assert not self._staged or committed.inline is not None
         self.base = committed
         self._base_limit = self._cut_size = committed.size
         self._staged.clear()
         self.sealed.clear()
+        self._held, self.held_since = small_contents(committed), None
         self.is_dirty = False
         self.mtime_ns = None
+        if not self._files.is_made:
+            return None
         done = self._files
         self._commit_count += 1
         name = f"{self._directory.name}-{self._commit_count}"
@@ -335,6 +381,12 @@ class WorkingCopy:
         self.base = latest
         self.size = self._base_limit = self._cut_size = 0
         self.is_dirty = True
+        self._held = bytearray()
+
+    @property
+    def has_files(self) -> bool:
+        """Whether anything of it is on disk."""
+        return self._files.is_made
 
     def discard(self) -> None:
         """Remove the staging files. Blocks."""

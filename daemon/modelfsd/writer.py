@@ -1,14 +1,4 @@
-"""Writing: sessions, which join a kernel inode, a lease and a working copy.
-
-A session begins with the first writable handle of a kernel inode and ends with the last. The lease
-is taken when the session begins, unless the file is empty: then with the first byte, so that two
-nodes can hold a lock file open that neither ever writes.
-
-A commit happens in `flush`: seal what is staged, wait for the replicas, store the manifest, and
-change the inode in one transaction that compares lease and version. What goes wrong on the way
-poisons the session: nothing of it is ever committed, every later write, flush and fsync of it
-fails, and its bytes are kept under `lost/`.
-"""
+"""The writer: all files that are being written on this node, and what they share."""
 
 from __future__ import annotations
 
@@ -19,36 +9,24 @@ from pathlib import Path
 
 import trio
 
-from modelfs import changes
-from modelfs.chunk import Buffer
-from modelfs.errors import (
-    FileTooLarge,
-    MetadataUnavailable,
-    MetadataUncertain,
-    ModelfsError,
-    NoSuchEntry,
-    StaleHandle,
-    WriteLost,
-)
-from modelfs.ids import Revision
-from modelfs.limits import FILE_BYTES_MAX, MIB
+from modelfs.errors import ModelfsError
+from modelfs.limits import MIB
 from modelfsd.budget import ByteBudget
 from modelfsd.contents import Contents
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInode
-from modelfsd.leases import LINGER_SECONDS, RESERVED_SECONDS, Leases
+from modelfsd.leases import Leases
 from modelfsd.namespace import Namespace
 from modelfsd.replicator import Replicator
-from modelfsd.shared_lock import SharedLock
-from modelfsd.stages import timed
-from modelfsd.staging import StagingDirectory, keep
+from modelfsd.staging import keep
 from modelfsd.version_store import VersionStore
-from modelfsd.working_copy import WorkingCopy
+from modelfsd.write_session import WriteSession
 
 log = logging.getLogger(__name__)
 
 UPLOAD_BYTES = 96 * MIB  # chunks that are being named and sent, for all files together
 STAGING_THREADS = 8
+HOLD_SECONDS = 1.0  # uncommitted contents of small files stay in memory alone about so long
 
 
 class Writer:
@@ -74,6 +52,7 @@ class Writer:
         self.limiter = trio.CapacityLimiter(STAGING_THREADS)
         self._session_count = 0
         self.open_sessions: set[WriteSession] = set()
+        run_in_background(self._spill)
 
     def session_of(self, inode: KernelInode) -> WriteSession:
         """The session of a kernel inode, begun if need be; one handle more."""
@@ -104,6 +83,23 @@ class Writer:
         leftovers = sorted(self.staging_dir.iterdir())
         return sum(keep(directory, self.lost_dir) for directory in leftovers)
 
+    async def _spill(self) -> None:
+        """Write down what small files hold in memory and nobody has committed, for ever."""
+        while True:
+            await trio.sleep(HOLD_SECONDS)
+            before = trio.current_time() - HOLD_SECONDS
+            async with trio.open_nursery() as nursery:
+                for session in self.open_sessions:
+                    since = session.copy.held_since
+                    if since is not None and since <= before:
+                        nursery.start_soon(session.spill)
+
+    async def give_up(self, seconds: float) -> None:
+        """The daemon ends with writes that could not be committed: let none be in memory alone."""
+        log.error("not everything could be committed in %.0f s; the rest is kept", seconds)
+        for session in list(self.open_sessions):
+            await session.spill()
+
     async def flush_all(self) -> None:
         """Commit every dirty working copy; what fails is kept and logged. For a clean stop."""
         for session in list(self.open_sessions):
@@ -111,272 +107,3 @@ class Writer:
                 await session.flush()
             except ModelfsError as error:
                 log.error("not committed at stop: %s", error)
-
-
-class WriteSession:
-    """One file being written by this node."""
-
-    def __init__(self, writer: Writer, inode: KernelInode, directory: Path) -> None:
-        self.inode = inode
-        self.handles = 0
-        self.failure: ModelfsError | OSError | None = None
-        self._writer = writer
-        self.copy = WorkingCopy(
-            inode.ino,
-            inode.record,
-            directory,
-            writer.contents,
-            writer.replicator,
-            writer.limiter,
-            str(self),
-        )
-        self._token: Revision | None = None
-        self._starts_over = False  # opened with O_TRUNC, and nothing written since
-        self._is_unlinked = False  # its last name is gone: there is nothing to commit to
-        self._leasing = trio.Lock()
-        self._gate = SharedLock()  # WRITEs share it, a commit has it alone
-
-    # ------------------------------------------------------------ the lease
-
-    def adopt_lease(self) -> None:
-        """The file was created together with its lease."""
-        if self._writer.leases.is_ours(self.inode.ino):  # else the first write takes it again
-            self._token = self._writer.leases.hold(self.inode.ino, self._lose)
-
-    @property
-    def has_lease(self) -> bool:
-        """Whether this node may write the file, as far as it knows."""
-        return self._token is not None and self.failure is None
-
-    async def ensure_lease(self, wait_seconds: float | None = None) -> None:
-        """Become the writer, of the very version that this kernel inode shows.
-
-        Raises `WriterElsewhere`, and `StaleHandle` if the file has changed since.
-        """
-        async with self._leasing:
-            if self._token is not None:
-                return
-            ino = self.inode.ino
-            with timed("lease"):
-                token = await self._writer.leases.take(ino, self._lose, wait_seconds)
-            latest = self._writer.namespace.mirror.inode(ino)
-            if latest is None or latest.version != self.copy.base.version:
-                self._writer.leases.reserve(ino, token, RESERVED_SECONDS)
-                raise StaleHandle(ino)
-            self._token = token
-
-    def reserve_lease(self) -> None:
-        """The only handle is about to be given up, and its OPEN will come again: keep the lease."""
-        if self._token is not None and self.handles == 1 and not self.copy.is_dirty:
-            token, self._token = self._token, None
-            self._writer.leases.reserve(self.inode.ino, token, RESERVED_SECONDS)
-
-    def _lose(self, reason: str) -> None:
-        if self.copy.is_dirty and not self._is_unlinked:
-            self._poison(WriteLost(self.inode.ino, reason))
-        else:
-            self._token = None  # nothing was written: the next write may take it again
-
-    # ------------------------------------------------------------ writing
-
-    async def write(self, offset: int, data: Buffer) -> None:
-        """Take bytes. A failure poisons the session."""
-        async with self._gate.shared():
-            self._raise_failure()
-            try:
-                if self._token is None:
-                    await self._lease_for_first_write()
-                completed = await self.copy.write(offset, data)
-            except (ModelfsError, OSError) as error:
-                self._poison(error)
-                raise
-        for index in completed:
-            await self._seal_soon(index)
-
-    async def _lease_for_first_write(self) -> None:
-        if self.inode.record.nlink == 0:
-            return  # unlinked: nobody else will ever see these bytes
-        try:
-            await self.ensure_lease()
-        except NoSuchEntry:
-            return  # as above
-        except StaleHandle:
-            if not self._starts_over:
-                reason = "another node wrote it first"
-                raise WriteLost(self.inode.ino, reason) from None
-            await self.start_over_now()
-
-    def start_over(self) -> None:
-        """The file was opened with O_TRUNC: whatever stands there when its turn comes, goes.
-
-        So of several nodes that open one name with O_TRUNC at the same time, each commits its own
-        contents, one after the other, and the last stands; as if each had opened it in its turn.
-        """
-        self._starts_over = not self.copy.is_dirty and not self.copy.size
-
-    async def start_over_now(self, wait_seconds: float | None = None) -> None:
-        """Take the lease of the latest version, and empty it."""
-        async with self._leasing:
-            ino = self.inode.ino
-            token = await self._writer.leases.take(ino, self._lose, wait_seconds)
-            latest = self._writer.namespace.mirror.inode(ino)
-            if latest is None:
-                await self._writer.leases.drop(ino, token)
-                raise NoSuchEntry(ino)
-            self.copy.start_over(latest)
-            self._token = token
-
-    async def truncate(self, size: int) -> None:
-        """Set the size of the working copy."""
-        async with self._gate.alone():
-            self._raise_failure()
-            if size > FILE_BYTES_MAX:
-                raise FileTooLarge(self.inode.ino)  # nothing was changed, so nothing is lost
-            if size == self.copy.size:
-                return
-            try:
-                if self._token is None:
-                    await self._lease_for_first_write()
-                await self.copy.truncate(size)
-            except (ModelfsError, OSError) as error:
-                self._poison(error)
-                raise
-
-    async def _seal_soon(self, index: int) -> None:
-        """Name and send a complete chunk while the application goes on writing.
-
-        Waits for room in the upload budget, which is what slows down a writer that is faster
-        than the network and the disks.
-        """
-        size = self.copy.staged_bytes_of(index)
-        with timed("upload_queue"):
-            await self._writer.uploads.take(size)
-        self._writer.start_soon(self._seal_in_background, index, size)
-
-    async def _seal_in_background(self, index: int, size: int) -> None:
-        try:
-            if self.failure is None:
-                await self.copy.seal(index)
-        except (ModelfsError, OSError) as error:
-            self._poison(error)
-        finally:
-            self._writer.uploads.give(size)
-
-    async def read(self, offset: int, size: int) -> bytes | memoryview:
-        """Bytes as written so far."""
-        async with self._gate.shared():
-            return await self.copy.read(offset, size)
-
-    # ------------------------------------------------------------ committing
-
-    async def flush(self) -> None:
-        """Commit what was written, if anything was. Raises what keeps it from being committed."""
-        if (not self.copy.is_dirty or self._is_unlinked) and self.failure is None:
-            return
-        async with self._gate.alone():
-            self._raise_failure()
-            if not self.copy.is_dirty:
-                return
-            try:
-                with timed("commit"):
-                    await self._commit()
-            except NoSuchEntry:
-                self._is_unlinked = True  # readable here, from the copy, till the last close
-            except (MetadataUnavailable, MetadataUncertain) as error:
-                self._poison(error)
-                raise WriteLost(self.inode.ino, str(error)) from error
-            except (ModelfsError, OSError) as error:
-                self._poison(error)
-                raise
-
-    async def _commit(self) -> None:
-        copy, namespace = self.copy, self._writer.namespace
-        if self._token is None and namespace.mirror.inode(copy.ino) is None:
-            raise NoSuchEntry(copy.ino)
-        if self._token is None:  # it went while the first write was on its way
-            raise WriteLost(copy.ino, "its lease has lapsed")
-        token = self._token
-        contents = await self._writer.versions.store(copy)
-        await self._writer.replicator.sync(copy.placements, copy.base.replicas)
-        self._raise_failure()
-        committed = await namespace.change(
-            lambda mirror: changes.commit_contents(
-                mirror,
-                copy.ino,
-                token,
-                copy.base.version,
-                contents,
-                time.time_ns(),
-                namespace.keep,
-            )
-        )
-        if not self.inode.is_current:  # nobody else tells it: reads go on from what it wrote
-            self.inode.record = committed
-        self._starts_over = False
-        await self._remove(copy.rebase(committed))
-
-    async def _remove(self, done: StagingDirectory) -> None:
-        """Remove what has been committed. If that fails the commit stands all the same."""
-        try:
-            await trio.to_thread.run_sync(done.discard)
-        except OSError as error:
-            log.warning("the staging files of %s were committed and remain: %s", self, error)
-
-    # ------------------------------------------------------------ ending
-
-    async def release(self) -> None:
-        """One handle less. With the last, commit what came after the last flush, and let go."""
-        self.handles -= 1
-        if self.handles:
-            return
-        try:
-            if self.failure is None:
-                await self.flush()  # pages of a shared mapping come after close()
-        except (ModelfsError, OSError) as error:
-            log.error("%s was closed with writes that could not be committed: %s", self, error)
-        async with self._leasing:
-            if self.handles:
-                return  # opened again meanwhile, here and after each await below
-            token, self._token = self._token, None
-            if token is not None:
-                self._writer.leases.reserve(self.inode.ino, token, LINGER_SECONDS)
-            await self._let_go_of_files()
-            if not self.handles:
-                self._writer.end(self)
-
-    async def _let_go_of_files(self) -> None:
-        """Remove the staging files, or keep them for recovery. Waits for `_describe_loss`."""
-        async with self._gate.alone():
-            try:
-                if self.failure is None:
-                    await trio.to_thread.run_sync(self.copy.discard)
-                else:
-                    await trio.to_thread.run_sync(
-                        self.copy.keep, self._writer.lost_dir, str(self.failure)
-                    )
-            except OSError as error:  # a start of the daemon moves what is left to lost/
-                log.error("the files of %s stay where they are, or as they are: %s", self, error)
-
-    def _raise_failure(self) -> None:
-        if self.failure is not None:
-            raise WriteLost(self.inode.ino, str(self.failure)) from self.failure
-
-    def _poison(self, failure: ModelfsError | OSError) -> None:
-        """Nothing of it may be committed any more; keep its bytes."""
-        if self.failure is not None:
-            return
-        self.failure = failure
-        log.error("writes to %s cannot be committed, they are kept: %s", self, failure)
-        self._writer.retire(self.inode)
-        self._writer.start_soon(self._describe_loss)
-
-    async def _describe_loss(self) -> None:
-        async with self._gate.alone():
-            try:
-                await trio.to_thread.run_sync(self.copy.describe_on_disk, str(self.failure))
-            except OSError as error:  # the full disk, perhaps, that is the very reason
-                log.error("why %s is kept could not be written beside it: %s", self, error)
-
-    def __str__(self) -> str:
-        path = self._writer.namespace.mirror.path_of(self.inode.ino)
-        return f"/{path.decode(errors='surrogateescape')}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from functools import partial
 from random import Random
 from typing import Any, TypeVar
 
@@ -278,7 +279,8 @@ class Namespace(RuleBasedStateMachine):
             ino = sorted(node.writing)[pick % len(node.writing)]
             token, _ = node.writing.pop(ino)
             others = {i: lease for i in node.writing if (lease := self.truth.lease(i))}
-            self.change(node, lambda mirror: changes.drop_lease(mirror, ino, token), lambda: None)
+            plan = partial(changes.drop_leases, tokens={ino: token})
+            self.change(node, plan, lambda: None)
             assert all(self.truth.lease(i) == lease for i, lease in others.items())
 
     @rule(n=node_picks)

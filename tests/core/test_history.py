@@ -87,7 +87,7 @@ class Cluster:
             self.truth,
             lambda m: changes.commit_contents(m, ino, lease[1], record.version, contents, 7, keep),
         )
-        assert self.do(self.truth, lambda m: changes.drop_lease(m, ino, lease[1]))
+        assert self.do(self.truth, lambda m: changes.drop_leases(m, {ino: lease[1]}))
 
     def retained(self, name: Name) -> dict[int, Retained]:
         """What etcd holds of a name's history."""

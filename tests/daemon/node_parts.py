@@ -34,7 +34,8 @@ from modelfsd.leases import Leases
 from modelfsd.namespace import Namespace
 from modelfsd.replica_file import ReplicaFile
 from modelfsd.replicator import Replicator
-from modelfsd.writer import Writer, WriteSession
+from modelfsd.write_session import WriteSession
+from modelfsd.writer import Writer
 
 CHUNK = CHUNK_BYTES_MIN  # of the tests' files: their first eight chunks have 64 KiB
 IDS = [NodeId(digit * 16) for digit in "abcd"]

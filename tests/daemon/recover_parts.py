@@ -15,7 +15,7 @@ import trio
 from modelfs.errors import ChunkMissing
 from modelfs.manifest import PlacedChunk
 from modelfsd.recover import Missing, Rebuild
-from modelfsd.writer import WriteSession
+from modelfsd.write_session import WriteSession
 from tests.daemon.node_parts import CHUNK, Cluster, Node
 
 FIRST = CHUNK // 4  # the size of the first chunks
@@ -86,6 +86,9 @@ class Twin:
 
     async def flush(self) -> None:
         await self.session.flush()
+
+    async def spill(self) -> None:
+        await self.session.spill()
 
     def check(self, state_dir: Path) -> None:
         names = staged(state_dir)

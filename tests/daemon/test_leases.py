@@ -12,7 +12,7 @@ from modelfs.errors import MetadataUncertain, WriterElsewhere
 from modelfs.ids import InodeNumber, NodeId
 from modelfs.ports import Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
-from modelfsd.leases import WAITERS_MAX, Leases
+from modelfsd.leases import DROPPED_MAX, WAITERS_MAX, Leases
 from tests.daemon.node_parts import Node, cluster_of
 
 
@@ -237,3 +237,24 @@ async def test_a_late_drop_does_not_touch_the_next_holder(tmp_path: Path) -> Non
         await first.drop()
         await cluster.lapse(node.leases.etcd_lease)
         assert second.losses
+
+
+async def test_what_lingers_is_given_back_together(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        holders = [Holder(one, await one.make_file(b"%d" % n)) for n in range(DROPPED_MAX + 5)]
+        for holder in holders:
+            await holder.take()
+        before = one.namespace.transactions
+        for holder in holders:
+            one.leases.linger(holder.ino, holder.token)
+        again = Holder(one, holders[3].ino)
+        await again.take()  # at once, and without a transaction
+        assert again.token == holders[3].token and one.namespace.transactions == before
+        await trio.sleep(1)
+        assert one.namespace.transactions == before + 2
+        await two.feed.fresh()
+        kept = {ino for holder in holders if holder_of(two, ino := holder.ino)}
+        assert kept == {again.ino}

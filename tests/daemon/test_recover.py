@@ -48,18 +48,23 @@ places = st.one_of(
 operations = st.one_of(
     st.tuples(st.just("write"), places, places, st.integers(0, 255)),
     st.tuples(st.just("truncate"), places),
-    st.tuples(st.sampled_from(["settle", "seal", "flush"])),
+    st.tuples(st.sampled_from(["settle", "seal", "flush", "spill"])),
 )
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
-@given(places, st.lists(operations, min_size=1, max_size=9))
-@example(9 * FIRST, [("write", 5, 9, 1), ("truncate", 3), ("truncate", FIRST), ("write", 9, 1, 1)])
-@example(0, [("write", 0, 2 * FIRST, 1), ("settle",), ("truncate", 9), ("write", FIRST, 9, 2)])
-@example(FIRST, [("write", 99, 9, 1), ("truncate", 50), ("seal",), ("truncate", 2 * FIRST)])
+@given(places, st.booleans(), st.lists(operations, min_size=1, max_size=9))
+@example(
+    9 * FIRST, False, [("write", 5, 9, 1), ("truncate", 3), ("truncate", FIRST), ("write", 9, 1, 1)]
+)
+@example(
+    0, False, [("write", 0, 2 * FIRST, 1), ("settle",), ("truncate", 9), ("write", FIRST, 9, 2)]
+)
+@example(FIRST, True, [("write", 99, 9, 1), ("truncate", 50), ("seal",), ("truncate", 2 * FIRST)])
 async def test_a_killed_daemon_leaves_the_file_as_its_writer_saw_it(
-    base_bytes: int, steps: list[tuple[Any, ...]]
+    base_bytes: int, is_slow: bool, steps: list[tuple[Any, ...]]
 ) -> None:
+    """What a slow writer leaves in memory is written down between any two steps."""
     with tempfile.TemporaryDirectory(prefix="modelfs-recover.") as directory:
         async with cluster_of(2, Path(directory)) as cluster:
             node = cluster.nodes[0]
@@ -70,6 +75,8 @@ async def test_a_killed_daemon_leaves_the_file_as_its_writer_saw_it(
             twin = Twin(node, session, base)
             for name, *arguments in steps:
                 await getattr(twin, name)(*arguments)
+                if is_slow:
+                    await session.spill()
                 twin.check(node.state_dir)
             await session.release()
             assert not staged(node.state_dir)
@@ -129,6 +136,8 @@ async def test_a_torn_line_of_the_journal_spoils_no_other(tmp_path: Path) -> Non
         session = await node.open(b"f")
         twin = Twin(node, session, b"")
         await twin.write(10, 10, 1)
+        await session.spill()
+        await twin.write(90, 10, 1)
         (name,) = staged(node.state_dir)
         journal = node.state_dir / "staging" / name / staging.JOURNAL
         journal.write_bytes(journal.read_bytes() + b'\n{"cut": 3, "ser')

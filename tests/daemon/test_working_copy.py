@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from modelfs.limits import INLINE_BYTES_MAX, KIB
 from modelfsd import working_copy
 from modelfsd.staging import StagingDirectory
-from modelfsd.writer import WriteSession
+from modelfsd.write_session import WriteSession
 from tests.daemon.node_parts import CHUNK, Cluster, cluster_of
 
 FIRST = CHUNK // 4  # the size of the first chunks

@@ -208,7 +208,7 @@ async def test_a_full_disk_does_not_end_the_daemon(
         (node,) = cluster.nodes
         await node.make_file(b"f")
         session = await node.open(b"f")
-        await session.write(0, b"x")
+        await session.write(0, b"x" * 5000)
 
         def full(*args: object) -> None:
             raise OSError(28, "no space left on device")
@@ -243,8 +243,61 @@ async def test_what_a_killed_daemon_had_staged_is_kept_at_the_next_start(tmp_pat
         await cluster.nodes[0].make_file(b"f")
         session = await cluster.nodes[0].open(b"f")
         await session.write(0, b"unsaved")
+        await session.spill()
         (directory,) = (cluster.nodes[0].state_dir / "staging").iterdir()
     async with cluster_of(1, tmp_path) as cluster:
         kept = tmp_path / cluster.ids[0] / "lost" / directory.name
         assert (kept / "0-0").read_bytes() == b"unsaved"
         assert json.loads((kept / "description.json").read_bytes())["path"] == "/f"
+
+
+async def test_a_small_file_is_committed_from_memory(tmp_path: Path) -> None:
+    """Neither a file nor a directory is made on the way, and a failed commit keeps the bytes."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        staging_dir = one.state_dir / "staging"
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+        for turn in range(3):
+            await session.write(turn * 7, b"a line\n")
+            await session.truncate(turn * 7 + 7)
+            assert await session.read(turn * 7, 99) == b"a line\n"
+            assert not list(staging_dir.iterdir())
+            await session.flush()
+            assert await two.read_file(b"f") == b"a line\n" * (turn + 1)
+        await session.write(4090, b"outgrown")
+        assert len(list(staging_dir.iterdir())) == 1
+        assert await session.read(0, 21) == b"a line\n" * 3
+        await session.release()
+        data = await two.read_file(b"f")
+        assert data == (b"a line\n" * 3).ljust(4090, b"\0") + b"outgrown"
+        assert not list(staging_dir.iterdir())
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_what_small_files_hold_in_memory_is_written_down_soon(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        staging_dir, lost_dir = node.state_dir / "staging", node.state_dir / "lost"
+        for name in (b"slow", b"lost"):
+            await node.make_file(name)
+        slow, lost = await node.open(b"slow"), await node.open(b"lost")
+        await slow.write(0, b"slow")
+        await trio.sleep(0.5)
+        assert not list(staging_dir.iterdir())
+        await trio.sleep(2)
+        (directory,) = staging_dir.iterdir()
+        assert (directory / "0-0").read_bytes() == b"slow"
+        await slow.write(4, b"er")
+        await slow.release()
+        assert await node.read_file(b"slow") == b"slower"
+        await lost.write(0, b"lost")
+        await cluster.lapse(cluster.leases[node.id])
+        await trio.testing.wait_all_tasks_blocked()
+        (directory,) = staging_dir.iterdir()
+        assert (directory / "0-0").read_bytes() == b"lost"
+        await lost.release()
+        (directory,) = lost_dir.iterdir()
+        assert json.loads((directory / "description.json").read_bytes())["is_lost"]
