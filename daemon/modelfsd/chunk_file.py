@@ -78,8 +78,10 @@ def write_chunk(path: str, ref: ChunkRef, table: Buffer, data: Buffer, durable: 
     """Make the file of a chunk, readable by its owner only; fsync it if `durable`."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
+        view = memoryview(data)
         with timed("disk_write"):
-            write_fully(fd, [data, table, pack_footer(ref.length, table)], 0)
+            done = page_cache.write_directly(fd, view, 0) if durable else 0
+            write_fully(fd, [view[done:], table, pack_footer(ref.length, table)], done)
         if durable:
             with timed("fsync"):
                 os.fsync(fd)

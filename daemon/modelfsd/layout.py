@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from modelfs import stripe
 from modelfs.chunk import HASH_BYTES, ChunkRef
 from modelfs.errors import ProtocolError
 from modelfs.extents import Extents
-from modelfs.ids import ChunkId, Epoch
-from modelfs.inode import Inode, decode_inode
+from modelfs.ids import ChunkId, Epoch, InodeNumber
+from modelfs.inode import Inode, decode_inode, encode
 from modelfs.limits import CHUNK_BYTES_MAX, FILE_BYTES_MAX
 from modelfs.manifest import PlacedChunk
 from modelfsd.staging import DESCRIPTION, JOURNAL
@@ -40,6 +44,20 @@ class Description:
     cut_size: int  # the file's size but for what was written since
     why: str
     is_lost: bool  # False: it had not failed; its daemon was killed, or still runs
+
+    def as_json(self, ino: InodeNumber) -> dict[str, object]:
+        """What `read_description` reads, and for people the inode and the time."""
+        return {
+            "path": self.path,
+            "node": self.node,
+            "ino": ino,
+            "base": base64.b64encode(encode(replace(self.base, xattrs={}))).decode("ascii"),
+            "base_limit": self.base_limit,
+            "cut_size": self.cut_size,
+            "time": time.time(),
+            "why": self.why,
+            "is_lost": self.is_lost,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +139,8 @@ def read_layout(directory: Path, description: Description) -> Layout:
     sizes = {}
     for path in directory.iterdir():
         if _parts(path.name) is not None:
-            sizes[path.name] = path.stat().st_size
+            with suppress(FileNotFoundError):  # a chunk by now, as the journal says
+                sizes[path.name] = path.stat().st_size
     try:
         return replay(description, read_journal(directory), sizes)
     except (KeyError, TypeError, ValueError, AssertionError) as error:

@@ -54,6 +54,8 @@ from modelfs.chunk import Buffer, ChunkRef
 from modelfs.errors import OutOfSpace
 from modelfs.extents import Extents
 from modelfs.ids import Epoch
+from modelfsd.assembly import Assembly
+from modelfsd.page_cache import write_directly
 from modelfsd.stages import timed
 
 JOURNAL = "sealed.jsonl"
@@ -69,12 +71,19 @@ class StagedChunk:
     under_limit: int  # bytes of the chunk that what lies under it still provides
     extents: Extents = field(default_factory=Extents)
     is_journaled: bool = False
+    assembly: Assembly | None = None  # holds all that the file holds
     lock: trio.Lock = field(default_factory=trio.Lock)
 
     def is_prefix_up_to(self, start: int) -> bool:
         """Whether the file's length still says what has been written, after a write at `start`."""
         intervals = list(self.extents)
         return start == 0 if not intervals else intervals[0][0] == 0 and start <= intervals[0][1]
+
+    def read(self, start: int, size: int) -> bytearray:
+        """Bytes as the file has them; arbitrary where nothing was written."""
+        if self.assembly is not None:
+            return bytearray(self.assembly.data[start : start + size])
+        return read_at(self.path, start, size)
 
 
 class StagingDirectory:
@@ -125,8 +134,10 @@ class StagingDirectory:
         if is_journaled and not staged.is_journaled:
             self._note_written(index, staged, [list(extent) for extent in staged.extents])
             staged.is_journaled = True
+        if staged.assembly is not None:
+            data = staged.assembly.take(data, start)
         with timed("stage"):
-            write_at(staged.path, data, start)
+            write_at(staged.path, data, start, staged.assembly is not None)
         if is_journaled:
             self._note_written(index, staged, [[start, start + len(data)]])
 
@@ -204,12 +215,14 @@ def _full_disk_as_out_of_space(path: Path) -> Iterator[None]:
         raise
 
 
-def write_at(path: Path, data: Buffer, offset: int) -> None:
-    """Write all of `data`. Raises `OutOfSpace`, OSError."""
+def write_at(path: Path, data: Buffer, offset: int, past_cache: bool = False) -> None:
+    """Write all of `data`, if told so past the page cache. Raises `OutOfSpace`, OSError."""
     with _full_disk_as_out_of_space(path.parent):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             view, done = memoryview(data), 0
+            if past_cache:
+                done = write_directly(descriptor, view, offset)
             while done < len(view):
                 done += os.pwrite(descriptor, view[done:], offset + done)
         finally:
@@ -232,14 +245,19 @@ def read_at(path: Path, offset: int, size: int) -> bytearray:
     return data
 
 
-def read_exactly(path: Path, length: int) -> bytearray:
-    """A whole staging file, made `length` bytes long: the store may take it as it is."""
+def set_length(path: Path, length: int) -> None:
+    """Make a staging file `length` bytes long: the store may take it as it is."""
     with _full_disk_as_out_of_space(path.parent):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(descriptor, length)
         finally:
             os.close(descriptor)
+
+
+def read_exactly(path: Path, length: int) -> bytearray:
+    """A whole staging file, made `length` bytes long."""
+    set_length(path, length)
     return read_at(path, 0, length)
 
 

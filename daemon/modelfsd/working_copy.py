@@ -13,36 +13,35 @@ committed soon (`Writer`): then the end of a daemon loses no more than a moment.
 Invariants:
 - while the contents are held, nothing is staged or sealed, and they are `size` bytes;
 - a position is staged or sealed or neither, never both, except while it is being sealed;
-- `_base_limit` bytes of the base version are still part of the file: truncating lowers it for good;
+- `base_limit` bytes of the base version are still part of the file: truncating lowers it for good;
 - `StagedChunk.under_limit` is the same for what lies under one staged chunk;
 - the staging directory holds all of this at any moment (see `staging`).
 """
 
 from __future__ import annotations
 
-import base64
-import time
 from functools import partial
 from pathlib import Path
 
 import trio
-from msgspec.structs import replace
 
 from modelfs import stripe
 from modelfs.chunk import Buffer, ChunkRef, is_zeros
 from modelfs.errors import FileTooLarge
 from modelfs.ids import Epoch, InodeNumber
-from modelfs.inode import Inode, encode, small_contents
+from modelfs.inode import Inode, small_contents
 from modelfs.limits import FILE_BYTES_MAX, INLINE_BYTES_MAX
 from modelfs.manifest import PlacedChunk
+from modelfsd.assembly import AssemblyMemory
 from modelfsd.contents import Contents, zeros
+from modelfsd.layout import Description
 from modelfsd.replicator import Placements, Replicator, name_chunk
 from modelfsd.staging import (
     StagedChunk,
     StagingDirectory,
     cut_at,
-    read_at,
     read_exactly,
+    set_length,
     write_at,
 )
 
@@ -60,6 +59,7 @@ class WorkingCopy:
         contents: Contents,
         replicator: Replicator,
         limiter: trio.CapacityLimiter,
+        memory: AssemblyMemory,
         path: str,
     ) -> None:
         self.ino, self.base = ino, base
@@ -68,7 +68,8 @@ class WorkingCopy:
         self.is_dirty = False
         self.placements = Placements()
         self._contents, self._replicator, self._limiter = contents, replicator, limiter
-        self._base_limit = base.size
+        self._memory = memory
+        self.base_limit = base.size
         self._cut_size = base.size  # the file's size but for what was written since
         self._staged: dict[int, StagedChunk] = {}
         self.sealed: dict[int, PlacedChunk | None] = {}
@@ -112,7 +113,7 @@ class WorkingCopy:
         completed: list[int] = []
         done = 0
         for piece in stripe.cut(self.base.chunk_bytes, offset, len(data)):
-            await self._stage(piece, view[done : done + piece.size], completed)
+            await self._stage(piece, view, done, completed)
             done += piece.size
         return completed
 
@@ -130,7 +131,7 @@ class WorkingCopy:
         """Write what is held in memory to a staging file. Raises `OutOfSpace`, OSError."""
         async with self._making:
             if self._held and self.is_dirty:
-                await trio.to_thread.run_sync(self._files.make, self._description(CRASHED, False))
+                await trio.to_thread.run_sync(self._files.make, self._description())
                 staged = self._files.new_chunk(0, 0)
                 await trio.to_thread.run_sync(self._files.write, 0, staged, self._held, 0)
                 staged.extents.add(0, self.size)
@@ -138,10 +139,11 @@ class WorkingCopy:
             self._held = self.held_since = None
 
     async def _stage(
-        self, piece: stripe.ChunkRange, data: memoryview, completed: list[int]
+        self, piece: stripe.ChunkRange, whole: memoryview, at: int, completed: list[int]
     ) -> None:
+        data = whole[at : at + piece.size]
         while True:
-            staged = self._staged.get(piece.index) or await self._begin(piece.index)
+            staged = self._staged.get(piece.index) or await self._begin(piece.index, len(whole))
             async with staged.lock:
                 if self._staged.get(piece.index) is not staged:
                     continue  # it was sealed while we waited
@@ -153,15 +155,16 @@ class WorkingCopy:
                     completed.append(piece.index)
                 return
 
-    async def _begin(self, index: int) -> StagedChunk:
-        """Start to stage a position."""
+    async def _begin(self, index: int, write_bytes: int = 0) -> StagedChunk:
+        """Start to stage a position, with a write of so many bytes."""
         if not self._files.is_made:
             async with self._making:
-                await trio.to_thread.run_sync(self._files.make, self._description(CRASHED, False))
+                await trio.to_thread.run_sync(self._files.make, self._description())
         if index not in self._staged:
             start, span = stripe.span(self.base.chunk_bytes, index)
-            limit = span if index in self.sealed else max(0, min(span, self._base_limit - start))
+            limit = span if index in self.sealed else max(0, min(span, self.base_limit - start))
             self._staged[index] = self._files.new_chunk(index, limit)
+            self._staged[index].assembly = self._memory.lend(span, write_bytes)
         return self._staged[index]
 
     async def truncate(self, size: int) -> None:
@@ -171,7 +174,7 @@ class WorkingCopy:
         shrinks = size < self.size
         if self._held is not None and size <= INLINE_BYTES_MAX:
             self._hold(size)
-            self._cut_size, self._base_limit = size, min(self._base_limit, size)
+            self._cut_size, self.base_limit = size, min(self.base_limit, size)
             return
         await self.spill()
         if self._files.is_made:
@@ -184,7 +187,7 @@ class WorkingCopy:
         for index in [i for i in (*self._staged, *self.sealed) if i > border or not within]:
             if index >= border:
                 await self._discard(index)
-        self._base_limit = min(self._base_limit, size)
+        self.base_limit = min(self.base_limit, size)
         if within:
             await self._cut(border, within)
 
@@ -233,10 +236,10 @@ class WorkingCopy:
 
     async def _overlay(self, piece: stripe.ChunkRange, staged: StagedChunk) -> bytes:
         """A range of a staged chunk, with what lies under it in the gaps."""
-        data = await trio.to_thread.run_sync(
-            read_at, staged.path, piece.start, piece.size, limiter=self._limiter
-        )
         end = piece.start + piece.size
+        data = await trio.to_thread.run_sync(
+            staged.read, piece.start, piece.size, limiter=self._limiter
+        )
         for gap_start, gap_end in list(staged.extents.gaps(piece.start, end)):
             under = await self._under_staged(piece.index, staged, gap_start, gap_end)
             data[gap_start - piece.start : gap_end - piece.start] = under
@@ -259,7 +262,7 @@ class WorkingCopy:
                 return zeros(size)
             return await self._contents.chunk_range(placed, self.base.replicas, start, size)
         offset = stripe.span(self.base.chunk_bytes, index)[0] + start
-        valid = max(0, min(size, self._base_limit - offset))
+        valid = max(0, min(size, self.base_limit - offset))
         data = await self._contents.read(self.base, offset, valid)
         return data if len(data) == size else b"".join((data, zeros(size - len(data))))
 
@@ -271,9 +274,6 @@ class WorkingCopy:
 
     def staged_bytes_of(self, index: int) -> int:
         """How many bytes sealing a position will hold in memory."""
-        return self._length_of(index)
-
-    def _length_of(self, index: int) -> int:
         start, span = stripe.span(self.base.chunk_bytes, index)
         return max(0, min(span, self.size - start))
 
@@ -285,20 +285,14 @@ class WorkingCopy:
         async with staged.lock:
             if self._staged.get(index) is not staged:
                 return
-            length = self._length_of(index)
+            length = self.staged_bytes_of(index)
             placed = await self._put(index, staged, length) if length else None
             self.sealed[index] = placed
             del self._staged[index]
             await trio.to_thread.run_sync(partial(staged.path.unlink, missing_ok=True))
 
     async def _put(self, index: int, staged: StagedChunk, length: int) -> PlacedChunk | None:
-        for start, end in list(staged.extents.gaps(0, min(length, staged.under_limit))):
-            under = await self._under(index, start, end - start)
-            if not is_zeros(under):
-                await trio.to_thread.run_sync(write_at, staged.path, under, start)
-        data = await trio.to_thread.run_sync(
-            read_exactly, staged.path, length, limiter=self._limiter
-        )
+        data = await self._whole(index, staged, length)
         if is_zeros(data):
             await self._note_seal(index, staged, length, None)
             return None  # a hole
@@ -306,6 +300,24 @@ class WorkingCopy:
         await self._note_seal(index, staged, length, ref)
         replicas = self.base.replicas
         return await self._replicator.put(ref, table, data, replicas, self.placements, staged.path)
+
+    async def _whole(self, index: int, staged: StagedChunk, length: int) -> Buffer:
+        """All bytes of a staged position; what lies in its gaps is in its file then as well."""
+        end = min(length, staged.under_limit) if staged.assembly is None else length
+        gaps = list(staged.extents.gaps(0, end))
+        for start, end in gaps:
+            under = await self._under_staged(index, staged, start, end)
+            if not is_zeros(under):
+                await trio.to_thread.run_sync(write_at, staged.path, under, start)
+            if staged.assembly is not None:
+                staged.assembly.take(under, start)
+        if staged.assembly is None:
+            return await trio.to_thread.run_sync(
+                read_exactly, staged.path, length, limiter=self._limiter
+            )
+        if gaps:
+            await trio.to_thread.run_sync(set_length, staged.path, length)
+        return staged.assembly.data[:length]
 
     async def _note_seal(
         self, index: int, staged: StagedChunk, length: int, ref: ChunkRef | None
@@ -317,17 +329,12 @@ class WorkingCopy:
 
     async def stage_inline_base(self) -> None:
         """Contents that stood in the base's record become a chunk, now that they outgrew it."""
-        if self.base.inline and self._base_limit and 0 not in self.sealed:
+        if self.base.inline and self.base_limit and 0 not in self.sealed:
             await self._begin(0)
 
     async def inline_contents(self, size_max: int) -> bytes | None:
         """The whole contents, if they fit in an inode record."""
         return bytes(await self.read(0, self.size)) if self.size <= size_max else None
-
-    @property
-    def base_limit(self) -> int:
-        """How many bytes of the base version are still part of the file."""
-        return self._base_limit
 
     @property
     def directory_name(self) -> str:
@@ -337,21 +344,12 @@ class WorkingCopy:
     def describe_on_disk(self, why: str) -> None:
         """Write beside the staged bytes that and why they are lost. Blocks. Raises OSError."""
         if self._files.is_made:
-            self._files.describe(self._description(why, True))
+            self._files.describe(self._description(why))
 
-    def _description(self, why: str, is_lost: bool) -> dict[str, object]:
-        """What the staging files cannot tell. `layout.Description` reads it."""
-        return {
-            "path": self._path,
-            "node": self._node_name,
-            "ino": self.ino,
-            "base": base64.b64encode(encode(replace(self.base, xattrs={}))).decode("ascii"),
-            "base_limit": self._base_limit,
-            "cut_size": self._cut_size,
-            "time": time.time(),
-            "why": why,
-            "is_lost": is_lost,
-        }
+    def _description(self, why: str = "") -> dict[str, object]:
+        limits = self.base_limit, self._cut_size
+        ends = (why, True) if why else (CRASHED, False)
+        return Description(self._path, self._node_name, self.base, *limits, *ends).as_json(self.ino)
 
     def rebase(self, committed: Inode) -> StagingDirectory | None:
         """The copy has been committed as this record: it is the base now.
@@ -361,7 +359,7 @@ class WorkingCopy:
         """
         assert not self._staged or committed.inline is not None
         self.base = committed
-        self._base_limit = self._cut_size = committed.size
+        self.base_limit = self._cut_size = committed.size
         self._staged.clear()
         self.sealed.clear()
         self._held, self.held_since = small_contents(committed), None
@@ -379,7 +377,7 @@ class WorkingCopy:
         """Become the latest version, emptied. Nothing may have been written yet."""
         assert not self.is_dirty and not self._staged and not self.sealed
         self.base = latest
-        self.size = self._base_limit = self._cut_size = 0
+        self.size = self.base_limit = self._cut_size = 0
         self.is_dirty = True
         self._held = bytearray()
 

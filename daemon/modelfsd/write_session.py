@@ -60,6 +60,7 @@ class WriteSession:
             writer.contents,
             writer.replicator,
             writer.limiter,
+            writer.memory,
             str(self),
         )
         self._token: Revision | None = None

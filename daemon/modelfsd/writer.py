@@ -11,6 +11,7 @@ import trio
 
 from modelfs.errors import ModelfsError
 from modelfs.limits import MIB
+from modelfsd.assembly import AssemblyMemory
 from modelfsd.budget import ByteBudget
 from modelfsd.contents import Contents
 from modelfsd.kernel_cache import KernelCache
@@ -25,6 +26,7 @@ from modelfsd.write_session import WriteSession
 log = logging.getLogger(__name__)
 
 UPLOAD_BYTES = 96 * MIB  # chunks that are being named and sent, for all files together
+ASSEMBLY_BYTES = UPLOAD_BYTES + 32 * MIB  # chunks in memory: also those that are being written
 STAGING_THREADS = 8
 HOLD_SECONDS = 1.0  # uncommitted contents of small files stay in memory alone about so long
 
@@ -49,6 +51,7 @@ class Writer:
         self.start_soon = run_in_background
         self.uploads = ByteBudget(UPLOAD_BYTES)
         self.versions = VersionStore(contents, replicator, self.uploads, namespace.node_id)
+        self.memory = AssemblyMemory(ASSEMBLY_BYTES)
         self.limiter = trio.CapacityLimiter(STAGING_THREADS)
         self._session_count = 0
         self.open_sessions: set[WriteSession] = set()

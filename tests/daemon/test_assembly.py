@@ -1,0 +1,77 @@
+"""Chunks that are collected in memory while they are staged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from modelfs.limits import KIB, MIB
+from modelfsd import page_cache, working_copy
+from modelfsd.assembly import AssemblyMemory
+from modelfsd.staging import write_at
+from tests.daemon.node_parts import CHUNK, cluster_of
+
+BORDER = 8 * 64 * KIB  # from here on the chunks of the tests' files have CHUNK bytes
+
+
+def test_memory_is_lent_within_its_bound_and_comes_back_by_itself() -> None:
+    memory = AssemblyMemory(10 * MIB)
+    one, two = memory.lend(4 * MIB, MIB), memory.lend(4 * MIB, MIB)
+    assert one is not None and two is not None and memory.used_bytes == 8 * MIB
+    assert memory.lend(4 * MIB, MIB) is None, "there is no room"
+    assert memory.lend(MIB, KIB) is None, "small pieces are not worth it"
+    view = one.take(b"abc", 5)
+    assert bytes(view) == bytes(one.data[5:8]) == b"abc"
+    del one, view
+    assert memory.used_bytes == 4 * MIB
+    del two
+    assert memory.used_bytes == 0
+
+
+@pytest.mark.parametrize("size", [4096, 4095, 3 * 4096 + 7, MIB])
+def test_what_is_written_past_the_page_cache_is_in_the_file(
+    tmp_path: Path, rng: Random, size: int
+) -> None:
+    memory = AssemblyMemory(4 * MIB)
+    assembly = memory.lend(2 * MIB, MIB)
+    assert assembly is not None
+    data = rng.randbytes(size)
+    for start in (0, 4096, MIB // 2 + 1):
+        write_at(tmp_path / "f", assembly.take(data, start), start, past_cache=True)
+        assert (tmp_path / "f").read_bytes()[start:] == data
+    with open(tmp_path / "f", "r+b", buffering=0) as file:
+        assert page_cache.write_directly(file.fileno(), memoryview(data), 512) == 0
+
+
+async def test_a_stream_is_never_read_back(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written in large pieces, out of order, over one another, with a gap and a cut."""
+
+    def refuse(*arguments: object) -> bytearray:
+        raise AssertionError("a staging file was read")
+
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        first = rng.randbytes(BORDER + 3 * CHUNK)
+        model = bytearray(first)
+        await one.write_file(b"f", first)
+        session = await one.open(b"f")
+        monkeypatch.setattr(working_copy, "read_exactly", refuse)
+        for start, size in ((128, 128), (0, 64), (32, 64), (3 * 256, 128)):
+            data = rng.randbytes(size * KIB)
+            at = BORDER + start * KIB
+            model[at : at + len(data)] = data
+            await session.write(at, data)
+            seen = bytes(await session.read(BORDER, 2 * CHUNK))
+            assert seen == model[BORDER : BORDER + 2 * CHUNK]
+        await session.truncate(BORDER + 800 * KIB)
+        del model[BORDER + 800 * KIB :]
+        await session.truncate(BORDER + 1000 * KIB)
+        model.extend(bytes(200 * KIB))
+        await session.release()
+        assert await two.read_file(b"f") == model
+        assert one.writer.memory.used_bytes == 0
