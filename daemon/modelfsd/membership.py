@@ -92,7 +92,8 @@ class Membership:
     async def register(self) -> None:
         """Announce this node in etcd and take its place in the map."""
         await self._refuse_a_twin()
-        await self._renew_registration()
+        # The mirror may come from a file that lacks the last moments of our earlier run.
+        await self._namespace.reached(await self._renew_registration())
         for ino, token in self._namespace.mirror.leases_of(self._myself.node):
             await self._leases.drop(ino, token)  # of an earlier run of this node
         await self._namespace.change(self._plan_map)
@@ -138,13 +139,14 @@ class Membership:
                 "was it copied? Give this node a fresh --state-dir"
             )
 
-    async def _renew_registration(self) -> None:
+    async def _renew_registration(self) -> Revision:
         """Register under a new lease of etcd."""
         self._etcd_lease = await self._store.grant(NODE_LEASE_SECONDS)
-        await self._report()
+        revision = await self._report()
         self._leases.etcd_lease = self._etcd_lease
+        return revision
 
-    async def _report(self) -> None:
+    async def _report(self) -> Revision:
         """Put our record. Blind: nobody else writes it."""
         usage = await trio.to_thread.run_sync(self._usage)
         record = NodeRecord(
@@ -161,7 +163,7 @@ class Membership:
             reclaim_grace_seconds=self._myself.reclaim_grace_seconds,
         )
         put = Put(keys.node(self._myself.node), encode(record), self._etcd_lease)
-        await self._store.commit(Txn((), (put,)))
+        return (await self._store.commit(Txn((), (put,)))).revision
 
     def _plan_map(self, mirror: Mirror) -> Plan[Epoch]:
         usage = self._usage()

@@ -77,6 +77,10 @@ class Namespace:
             return False
         return True
 
+    async def reached(self, revision: Revision) -> None:
+        """Wait until the mirror has applied `revision`. Raises `MetadataUnavailable`."""
+        await self._feed.reached(revision)
+
     async def change(
         self, make_plan: Callable[[Mirror], Plan[Result]], by_kernel: bool = True
     ) -> Result:
