@@ -16,7 +16,7 @@ import pytest
 from modelfsd.lab import Lab
 from modelfsd.lab_state import LabNode
 from modelfsd.launch import wait_for_exit
-from tests.mount.mount_parts import MIB, Dirs, in_child, make_whole, start_child
+from tests.mount.mount_parts import MIB, Dirs, in_child, make_whole, start_child, wait_until
 
 HOLD = """
 file = os.open(path, os.O_RDWR | os.O_CREAT)
@@ -57,12 +57,18 @@ def modelfs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def send_pages(node: LabNode) -> None:
-    """Have the kernel send what it holds, without a commit as fsync would make."""
+    """Have the kernel send what it holds, without a commit as fsync would make.
+
+    syncfs does not wait for FUSE's answers, so we wait until no request is on its way.
+    """
     descriptor = os.open(node.mount, os.O_RDONLY)
     try:
         assert ctypes.CDLL(None).syncfs(descriptor) == 0
+        connection = os.minor(os.fstat(descriptor).st_dev)
     finally:
         os.close(descriptor)
+    waiting = Path(f"/sys/fs/fuse/connections/{connection}/waiting")
+    wait_until(lambda: int(waiting.read_text()) == 0, "the daemon's answers")
 
 
 def lost(node: LabNode, path: Path) -> dict[str, object]:
