@@ -14,6 +14,7 @@
     │   ├── ReplicationFailed   too few live nodes took a copy
     │   ├── OutOfSpace
     │   ├── MetadataUnavailable etcd did not take the request: nothing has happened
+    │   │   └── MetadataOutOfReach  no member with a quorum was found, for long
     │   ├── MetadataUncertain   etcd was asked and did not answer: it may have happened
     │   └── HistoryCompacted    the watch must start again from a full load
     ├── WriteLost               what a writer wrote can no longer be committed
@@ -168,6 +169,10 @@ class OutOfSpace(RemoteError):
 
 class MetadataUnavailable(RemoteError):
     """etcd cannot be reached or has no quorum. The request had no effect."""
+
+
+class MetadataOutOfReach(MetadataUnavailable):
+    """No member of etcd that has a quorum was found in `limits.ETCD_REQUEST_SECONDS`."""
 
 
 class MetadataUncertain(RemoteError):

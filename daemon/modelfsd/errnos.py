@@ -35,6 +35,7 @@ ERRNO: dict[type[ModelfsError], int] = {
     errors.ReplicationFailed: errno.EIO,
     errors.OutOfSpace: errno.ENOSPC,
     errors.MetadataUnavailable: errno.EROFS,  # without etcd's quorum nothing can be changed
+    errors.MetadataOutOfReach: errno.EROFS,
     errors.MetadataUncertain: errno.EIO,
     errors.HistoryCompacted: errno.EIO,
     errors.WriteLost: errno.EIO,

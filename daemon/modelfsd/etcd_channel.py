@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import trio
 
 from modelfs.errors import (
+    MetadataOutOfReach,
     MetadataUnavailable,
     MetadataUncertain,
     OutOfSpace,
@@ -228,7 +229,7 @@ class EtcdChannels:
         """One request to whichever endpoint answers, within `ETCD_REQUEST_SECONDS`.
 
         Raises `OutOfSpace`, `ProtocolError` or `EtcdRefused` (all of them: nothing happened),
-        `MetadataUnavailable`, and unless it is a read `MetadataUncertain`.
+        `MetadataOutOfReach`, and unless it is a read `MetadataUncertain`.
         """
         self._kinds[method.rpartition("/")[2]] += 1
         deadline = trio.current_time() + ETCD_REQUEST_SECONDS
@@ -259,7 +260,7 @@ class EtcdChannels:
             self._uncertain += 1
             raise MetadataUncertain(f"etcd did not answer: {reason}")
         self._unavailable += 1
-        raise MetadataUnavailable(f"etcd is out of reach: {reason}")
+        raise MetadataOutOfReach(f"etcd is out of reach: {reason}")
 
     async def ask(
         self, endpoint: str, method: str, request: Message, response_type: type[Response]

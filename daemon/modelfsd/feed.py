@@ -8,9 +8,10 @@ whoever looks at the mirror sees what the listeners have been told.
 waits until the mirror has reached that revision. All callers that wait at the same time share one
 read; a caller never shares a read that began before it called.
 
-When the watch has been broken for longer than a request to etcd may take (an election included),
-the feed is *detached*: `fresh` then raises at once instead of making every reader wait, until the
-watch is back. A shorter break is waited out, since another node may commit meanwhile.
+When etcd has been out of reach for longer than a request may take (an election included), because
+the watch is broken or because a read or a commit found no quorum, the feed is *detached*: who waits
+in `fresh` is told so, and who comes later is told at once, until a new watch has proved that the
+quorum is back. A shorter break is waited out, since another node may commit meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ from contextlib import asynccontextmanager
 import trio
 
 from modelfs import keys
-from modelfs.errors import HistoryCompacted, MetadataUnavailable, UserError
+from modelfs.errors import (
+    HistoryCompacted,
+    MetadataOutOfReach,
+    MetadataUnavailable,
+    UserError,
+)
 from modelfs.ids import Revision
 from modelfs.limits import ETCD_REQUEST_SECONDS
 from modelfs.mirror import Change, Mirror
@@ -55,6 +61,8 @@ class Feed:
         self._waiter_count = 0
         self._own_operations: OrderedDict[str, Revision] = OrderedDict()
         self._broken_since: float | None = None  # trio's clock; None while the watch holds
+        self._watching = trio.CancelScope()
+        self._waiting_for_fresh: set[trio.CancelScope] = set()
         self._reading = trio.Lock()
         self._round: _Round | None = None
         self._to_file, self._file_batches = trio.open_memory_channel[WatchBatch | None](
@@ -82,7 +90,8 @@ class Feed:
             nursery.start_soon(self._keep_file)
             while True:
                 try:
-                    await self._watch()
+                    with trio.CancelScope() as self._watching:
+                        await self._watch()
                 except HistoryCompacted:
                     log.info("the watch fell behind etcd's history: loading the namespace anew")
                     await self._reload_until_done()
@@ -96,9 +105,18 @@ class Feed:
             self._broken_since = now
             if self.is_attached:
                 log.warning("the watch of the namespace broke (%s); reconnecting", error)
-        if self.is_attached and now - self._broken_since >= ETCD_REQUEST_SECONDS:
-            log.warning("etcd is out of reach: serving what this node knew last")
-            self.is_attached = False
+        if now - self._broken_since >= ETCD_REQUEST_SECONDS:
+            self.detach()
+
+    def detach(self) -> None:
+        """etcd is out of reach: a request to it has failed for as long as one may take."""
+        if not self.is_attached:
+            return
+        log.warning("etcd is out of reach: serving what this node knew last")
+        self.is_attached = False
+        self._watching.cancel()  # it may still hold, on a member without a leader
+        for waiting in self._waiting_for_fresh:
+            waiting.cancel()
 
     async def _watch(self) -> None:
         start = Revision(self.mirror.revision + 1)
@@ -177,8 +195,16 @@ class Feed:
 
         Raises `MetadataUnavailable`; at once while detached.
         """
-        if not self.is_attached:
-            raise MetadataUnavailable("no connection to etcd")
+        if self.is_attached:
+            with trio.CancelScope() as scope:
+                self._waiting_for_fresh.add(scope)
+                try:
+                    return await self._freshen()
+                finally:
+                    self._waiting_for_fresh.discard(scope)
+        raise MetadataUnavailable("no connection to etcd")
+
+    async def _freshen(self) -> None:
         while True:
             waiting = self._round
             if waiting is None:
@@ -202,6 +228,8 @@ class Feed:
                 round_.revision = row.mod_revision if row else Revision(0)
         except MetadataUnavailable as error:
             round_.error = error
+            if isinstance(error, MetadataOutOfReach):
+                self.detach()
         except BaseException:
             round_.is_abandoned = True  # its other callers begin another one
             raise

@@ -24,7 +24,13 @@ import trio
 
 from modelfs import keys
 from modelfs.changes import Plan
-from modelfs.errors import MetadataUnavailable, MetadataUncertain, NamespaceError, NoSuchEntry
+from modelfs.errors import (
+    MetadataOutOfReach,
+    MetadataUnavailable,
+    MetadataUncertain,
+    NamespaceError,
+    NoSuchEntry,
+)
 from modelfs.ids import InodeNumber, NodeId, Revision
 from modelfs.inode import Inode
 from modelfs.limits import INODE_BITS, INODE_BLOCK
@@ -122,6 +128,8 @@ class Namespace:
 
     async def _commit(self, txn: Txn, run: str) -> Revision | None:
         """The revision of the commit, or None if a comparison failed."""
+        if not self._feed.is_attached:  # since a moment ago, or since long: do not wait again
+            raise MetadataUnavailable("no connection to etcd")
         operation = f"{run}:{next(self._operations):x}"
         self.transactions += 1
         deadline = trio.current_time() + SETTLE_SECONDS
@@ -132,8 +140,10 @@ class Namespace:
                 result = await self._group.commit(txn, operation)
             except MetadataUncertain as error:
                 uncertain = error
-            except MetadataUnavailable:
+            except MetadataUnavailable as error:
                 if uncertain is None:
+                    if isinstance(error, MetadataOutOfReach):
+                        self._feed.detach()
                     raise
             else:
                 if result.succeeded:

@@ -25,6 +25,7 @@ import trio
 
 from modelfs.errors import (
     HistoryCompacted,
+    MetadataOutOfReach,
     MetadataUnavailable,
     MetadataUncertain,
     ProtocolError,
@@ -53,7 +54,7 @@ class _Lease:
 class MemoryMetadataStore:
     """A `MetadataStore` in memory.
 
-    Faults: while `unavailable` is True, every call and every watch raises `MetadataUnavailable`;
+    Faults: while `unavailable` is True, every call and every watch raises `MetadataOutOfReach`;
     `next_commit_fault` makes the next commit raise `MetadataUncertain` and is then None again.
     """
 
@@ -186,7 +187,7 @@ class MemoryMetadataStore:
     async def _reach(self) -> None:
         await trio.lowlevel.checkpoint()
         if self._unavailable:
-            raise MetadataUnavailable("the store is unavailable, as the test asked")
+            raise MetadataOutOfReach("the store is unavailable, as the test asked")
 
     def _holds(self, compare: Compare) -> bool:
         targets = [self._keys[key] for key in self._in_range(compare.key, compare.range_end)]
