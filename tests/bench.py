@@ -46,8 +46,8 @@ GROUPS: dict[str, Callable[[Work], Iterator[Step]]] = {
     "local": local_replica,
     "load": loading,
     "par": parallel,
-    "small": small_files,
     "vis": visibility,
+    "small": small_files,
 }
 
 
@@ -123,7 +123,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise UserError("the benchmark drops the kernel's caches: run it as root")
     ends_at = time.monotonic() + SECONDS_MAX - 60.0  # for the last group, and to clean up
-    work = Work(arguments.size_mib, arguments.small_files, 20 * arguments.small_files)
+    work = Work(arguments.size_mib, arguments.small_files, 4 * arguments.small_files)
     directory = Path(
         tempfile.mkdtemp(prefix="modelfs-bench-", dir=os.environ.get("MODELFS_TEST_ROOT"))
     )

@@ -35,6 +35,7 @@ class Gluster(Place):
         if missing:
             raise UserError(f"{', '.join(missing)} not found: apt-get install glusterfs-server")
         self._directory = directory
+        self._foreign = _sockets()
         self._mark = lab_processes.mark(directory)
         self._mounts = [directory / f"mount{number}" for number in (1, 2)]
         self.a, self.b = self._mounts
@@ -64,6 +65,8 @@ class Gluster(Place):
             if mounts.mount_at(point) is not None:
                 subprocess.run(["umount", "-f", "-l", str(point)], check=False)
         lab_processes.kill([self._mark], 10.0)
+        for path in _sockets() - self._foreign:
+            path.unlink(missing_ok=True)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def drop_client(self) -> None:
@@ -169,6 +172,11 @@ class Gluster(Place):
         if process.returncode:
             raise UserError(f"{' '.join(command)}: {output.strip()}")
         return output
+
+
+def _sockets() -> set[Path]:
+    """What bricks and daemons leave in the one directory that GlusterFS does not let us choose."""
+    return set(Path("/run/gluster").glob("*.socket"))
 
 
 def _address(number: int) -> str:
