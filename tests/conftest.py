@@ -66,6 +66,8 @@ def pytest_configure(config: pytest.Config) -> None:
             del os.environ[name]  # the settings of whoever runs the tests
     # As Ctrl-C does: fixtures are taken down. `timeout`, CI and `./run test` send this one.
     signal.signal(signal.SIGTERM, _interrupt)
+    # A shell's background job ignores SIGINT, and so would the programs that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.basetemp is None:
         config.option.basetemp = f"{root}/tmp"
 
