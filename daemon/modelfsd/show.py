@@ -60,6 +60,8 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     facts.add_row("upkeep", _upkeep_line(_part(status, "upkeep")))
     facts.add_row("etcd", _etcd_line(_part(status, "etcd")))
     parts: list[RenderableType] = [facts, _nodes_table(status.get("nodes") or [])]
+    if limits := status.get("limits"):
+        facts.add_row("limits", "; ".join(map(_said, limits)))
     parts += [Text(f"warning: {warning}", style="yellow") for warning in status.get("warnings", [])]
     return Group(*parts)
 

@@ -85,8 +85,19 @@ class Status:
             "retained_versions": self._mirror.history.count,
             "chunks_under_replicated": under_replicated,
             "upkeep": self._upkeep(),
-            "warnings": [*self._warnings(), *self._judge(nodes, members, under_replicated)],
+            "limits": self._limits(),
+            "warnings": [*self._warnings(), *self._judge(nodes, members, under_replicated, etcd)],
         }
+
+    def _limits(self) -> list[str]:
+        """What programs may expect of a file system and do not get on this mount."""
+        options = self._config.options
+        limits = ["flock and fcntl locks hold between processes of one node only"]
+        if not options.xattr:
+            limits.append("no extended attributes (mount every node with -o xattr to have them)")
+        if not options.relatime:
+            limits.append("reading does not move atime (-o relatime)")
+        return limits
 
     def _nodes(self, voters: set[str]) -> list[dict[str, Any]]:
         placement = self._mirror.latest_map
@@ -157,6 +168,7 @@ class Status:
         nodes: list[dict[str, Any]],
         members: tuple[MemberInfo, ...],
         under_replicated: int | None,
+        etcd: dict[str, Any],
     ) -> list[str]:
         warnings = []
         voters = sum(not member.is_learner for member in members)
@@ -177,6 +189,12 @@ class Status:
             for node in nodes
             if node["capacity_bytes"] and node["used_bytes"] > 0.9 * node["capacity_bytes"]
         ]
+        etcd_bytes = etcd["db_bytes"]
+        if etcd_bytes > 0.8 * DB_QUOTA_BYTES:
+            warnings.append(
+                f"etcd holds {etcd_bytes * 100 // DB_QUOTA_BYTES} % of what it may: remove files, "
+                "or keep fewer versions (modelfs policy / --retain), before nothing can be made"
+            )
         if under_replicated:
             warnings.append(f"{under_replicated} chunks have too few copies on living nodes")
         return warnings

@@ -45,6 +45,7 @@ STATUS: dict[str, Any] = {
     "directories": 1,
     "bytes": 5 << 30,
     "chunks_under_replicated": None,
+    "limits": ["flock holds on one node only"],
     "warnings": ["with two nodes the death of either makes the cluster read-only"],
 }
 INFO: dict[str, Any] = {
@@ -156,6 +157,7 @@ def test_the_state_directory_can_come_from_the_environment(
 
 def test_status_shows_people_every_fact_without_colour_codes() -> None:
     text = rendered(show.status_view(STATUS))
+    assert "flock holds on one node only" in text
     for fact in ("lab (00aa)", "n1 *", "DOWN", "[r1]", "1.00 TiB", "1,234 files, 1 directory"):
         assert fact in text
     assert "healthy, 1 of 1 member up, at 10.0.0.1:7421, 1.00 MiB of 8.00 GiB used" in text

@@ -12,7 +12,7 @@ import pytest
 
 from modelfs.limits import KIB, XATTRS_BYTES_MAX
 from modelfsd.lab import Lab
-from tests.mount.mount_parts import Dirs, in_child, refused, requests, run
+from tests.mount.mount_parts import Dirs, ask, in_child, refused, requests, run
 
 NOBODY = 65534
 
@@ -196,3 +196,10 @@ def test_cp_a_brings_them_and_a_writer_takes_capabilities_away(pair: tuple[Path,
     program.write_bytes(b"#!/bin/false\n")
     with refused(errno.ENODATA):  # the kernel removes it with the first write
         os.getxattr(program, "security.capability")
+
+
+def test_status_says_whether_a_mount_has_them(lab: Lab, xattr_lab: Lab) -> None:
+    without, having = (ask(one.nodes[0], "status")["limits"] for one in (lab, xattr_lab))
+    assert any("-o xattr" in limit for limit in without)
+    assert not any("xattr" in limit for limit in having)
+    assert any("flock" in limit for limit in having)
