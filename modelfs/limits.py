@@ -33,6 +33,8 @@ FRAME_HEADER_BYTES_MAX = 64 * KIB
 HAS_CHUNKS_MAX = 1024  # ids in one `has` request: 32 KiB, below the header bound
 CONNECTIONS_PER_PEER = 4  # parallel requests to one peer; more than 4 gained nothing on loopback
 CONNECTIONS_MAX = 256  # that a server accepts
+UNPROVED_MAX = 128  # of these, while nobody has shown a certificate: the rest is for members
+UNPROVED_OF_ADDRESS_MAX = 32  # of these, from one address
 
 # --- waiting
 PEER_SILENCE_SECONDS = 0.6  # a peer that sends nothing for so long is passed over (G7: 1 s in all)

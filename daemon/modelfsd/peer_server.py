@@ -1,7 +1,9 @@
 """Serves this node's chunks to its peers: plain threads over blocking sockets.
 
 One thread accepts, one pulses, and each connection has its own (`modelfsd.peer_session`), up to
-`limits.CONNECTIONS_MAX`. Threads and not tasks, since all that they do is to wait in system calls
+`limits.CONNECTIONS_MAX`; who has shown no certificate (yet) gets but a part of these, and each
+address a part of that, so that strangers do not crowd members out.
+Threads and not tasks, since all that they do is to wait in system calls
 that move megabytes without the GIL; each carries the peer's address as its name.
 
 Nothing that a peer sends, or fails to send, ends anything but its own connection, and a peer that
@@ -23,7 +25,7 @@ from typing import Any
 from modelfs.chunk import ChunkRef
 from modelfs.errors import ProtocolError, UserError
 from modelfs.ids import NodeId
-from modelfs.limits import CONNECTIONS_MAX
+from modelfs.limits import CONNECTIONS_MAX, UNPROVED_MAX, UNPROVED_OF_ADDRESS_MAX
 from modelfs.ports import ChunkStore
 from modelfsd.peer_session import PeerService, PeerSession
 from modelfsd.tls import Tls
@@ -167,14 +169,14 @@ class PeerServer:
     def _begin(self, connection: socket.socket, host: str, address: str) -> None:
         """Start the thread of a new connection, if there is room."""
         with self._lock:
-            has_room = len(self._sessions) < CONNECTIONS_MAX and not self._stopping.is_set()
-            if not has_room:
+            obstacle = self._obstacle(host)
+            if obstacle:
                 self._connections_refused += 1
-        if not has_room:
+        if obstacle:
             connection.close()
-            self._complain(host, f"refused {address}: {CONNECTIONS_MAX} connections are open")
+            self._complain(host, f"refused {address}: {obstacle}")
             return
-        session = PeerSession(self._service, connection, address)
+        session = PeerSession(self._service, connection, host, address)
         thread = threading.Thread(
             target=self._run, args=(session, host), name=f"peer-{address}", daemon=True
         )
@@ -189,6 +191,17 @@ class PeerServer:
             raise
         if self._stopping.is_set():
             session.channel.shut_down()  # `stop` may have looked before this one was listed
+
+    def _obstacle(self, host: str) -> str:
+        """Why there is no room for a connection from `host`; empty if there is. Locked."""
+        unproved = [session for session in self._sessions if session.peer is None]
+        if len(self._sessions) >= CONNECTIONS_MAX or self._stopping.is_set():
+            return f"{CONNECTIONS_MAX} connections are open"
+        if len(unproved) >= UNPROVED_MAX:
+            return f"{UNPROVED_MAX} connections without a certificate are open"
+        if sum(session.host == host for session in unproved) >= UNPROVED_OF_ADDRESS_MAX:
+            return f"{UNPROVED_OF_ADDRESS_MAX} connections without a certificate are open from it"
+        return ""
 
     def _run(self, session: PeerSession, host: str) -> None:
         try:

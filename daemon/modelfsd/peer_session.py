@@ -99,8 +99,10 @@ class PeerService:
 class PeerSession:
     """Serves one connection on a thread of its own."""
 
-    def __init__(self, service: PeerService, connection: socket.socket, address: str) -> None:
-        self.address = address
+    def __init__(
+        self, service: PeerService, connection: socket.socket, host: str, address: str
+    ) -> None:
+        self.host, self.address = host, address  # the latter with its port
         self.channel = SecureChannel(connection, WAIT_SECONDS, service.tls.server, True)
         self.peer: NodeId | None = None  # who has proved to be at the other end
         self._service = service

@@ -240,3 +240,23 @@ async def test_many_large_chunks_in_both_directions(data_tls: bool) -> None:
                 nursery.start_soon(fetch, number)
         await client.sync(SERVER)
         client.close()
+
+
+@pytest.mark.expected_logs("without a certificate are open")
+@pytest.mark.parametrize("limit", ["UNPROVED_MAX", "UNPROVED_OF_ADDRESS_MAX"])
+async def test_strangers_do_not_crowd_members_out(
+    limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"modelfsd.peer_server.{limit}", 2)
+    with served() as peer, contextlib.ExitStack() as stack:
+        client = peer.client()
+        await client.ping(SERVER)
+        for _ in range(2):
+            stranger = stack.enter_context(closing(peer.raw(stranger_context())))
+            stranger.sendall(STRANGER)
+            read_frames(stranger, 1)
+        with pytest.raises(OSError, match=r"reset|EOF|closed"):
+            peer.raw(stranger_context())
+        await client.ping(SERVER)
+        assert peer.server.statistics().connections_refused == 1
+        client.close()
