@@ -38,7 +38,11 @@ LONG_BYTES = 4096
 OURS = ("modelfs", "modelfsd")
 
 hypothesis.settings.register_profile("modelfs", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("modelfs")
+# `./run fuzz`: other examples each time, and many; what fails is kept and tried again.
+FUZZ_EXAMPLES = int(os.environ.get("MODELFS_FUZZ_EXAMPLES", "0"))
+if FUZZ_EXAMPLES:
+    hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=FUZZ_EXAMPLES)
+hypothesis.settings.load_profile("fuzz" if FUZZ_EXAMPLES else "modelfs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 WAIT_SECONDS = 1.0  # how often a blocked call looks at its deadline
 HELLO_SECONDS = 5.0  # a stranger who says nothing is gone by then
 IDLE_SECONDS = 120.0  # a client opens another connection when it needs one
+STRANGER_SECONDS = 10.0  # who may only ask for INFO or JOIN has no reason to wait
 FRAME_SECONDS = 10.0  # for a header, and for a payload besides its due at the rate below
 BYTES_PER_SECOND_MIN = 256 << 10  # who takes less holds a thread for nothing
 PULSE_SECONDS = 0.1  # a request that takes longer is answered by WORKING frames meanwhile
@@ -118,7 +119,8 @@ class PeerSession:
             return
         while True:
             self._frame_begun = False
-            self._deadline = time.monotonic() + IDLE_SECONDS
+            idle_seconds = IDLE_SECONDS if self._is_member else STRANGER_SECONDS
+            self._deadline = time.monotonic() + idle_seconds
             try:
                 frame = self.channel.next_frame(self._check_incoming)
             except TimeoutError:

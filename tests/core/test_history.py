@@ -150,7 +150,11 @@ class NamesAndTheirPasts(RuleBasedStateMachine):
             assert was is not None
             if was[1]:
                 self.past[link][was[0]] = (was[1], "rewritten")
-            assert self.shown(link) == (was[0] + 1, self.last_size)
+            shown = self.shown(link)
+            # A create that did not know of the latest entries has too low a base; its empty version
+            # leaves no trace, so the number that was shown for it is used again.
+            same_number = not was[1] and shown == (was[0], self.last_size)
+            assert same_number or shown == (was[0] + 1, self.last_size)
 
     @rule(n=mirror_picks, pick=picks)
     def remove(self, n: int, pick: int) -> None:
@@ -187,6 +191,9 @@ class NamesAndTheirPasts(RuleBasedStateMachine):
             number = sorted(self.past[name])[which % len(self.past[name])]
             del self.past[name][number]
             assert self.cluster.commit(Txn((), (Delete(keys.history(*name, number)),)))
+            # Who has not heard of it yet only takes a higher number than it would have to.
+            for mirror in self.cluster.mirrors:
+                self.cluster.hear(mirror)
 
     @invariant()
     def what_is_retained_is_what_was_shown(self) -> None:

@@ -242,6 +242,25 @@ async def test_many_large_chunks_in_both_directions(data_tls: bool) -> None:
         client.close()
 
 
+@pytest.mark.expected_logs("took too long")
+async def test_a_stranger_who_says_nothing_more_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelfsd.peer_session.STRANGER_SECONDS", 0.2)
+    with served() as peer:
+        client = peer.client()
+        await client.ping(SERVER)
+        before = peer.server.statistics().connections
+        for _ in range(3):
+            with closing(peer.raw(stranger_context())) as stranger:
+                stranger.sendall(STRANGER)
+                read_frames(stranger, 1)
+                wait_for_end(stranger)
+        await client.ping(SERVER)
+        with trio.fail_after(30):  # until the threads of those connections have ended
+            while peer.server.statistics().connections > before:  # noqa: ASYNC110  # threads
+                await trio.sleep(0.01)
+        client.close()
+
+
 @pytest.mark.expected_logs("without a certificate are open")
 @pytest.mark.parametrize("limit", ["UNPROVED_MAX", "UNPROVED_OF_ADDRESS_MAX"])
 async def test_strangers_do_not_crowd_members_out(
