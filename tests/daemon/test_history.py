@@ -137,6 +137,7 @@ async def test_what_cannot_be_restored_is_refused_in_words(
 
 
 @pytest.mark.expected_logs("the watch of the namespace broke")
+@pytest.mark.expected_logs("watch of the namespace broke", "etcd is out of reach")
 async def test_without_etcd_nothing_is_restored_set_or_deleted(tmp_path: Path) -> None:
     async with cluster_of(1, tmp_path) as cluster:
         (node,) = cluster.nodes
