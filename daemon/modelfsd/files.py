@@ -160,7 +160,7 @@ class Files:
 
         The name meant that file after the call began, and if it has gone since, that is ENOENT.
         """
-        is_back = self._sent_links.is_back(caller, inode)
+        is_back = self._sent_links.is_back_on_the_way(caller, inode)
         if not inode.is_current and not is_back:
             self._sent_links.send(caller)
 

@@ -7,6 +7,7 @@ whether it has been back already: by the thread that makes it, and the lookups s
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import trio
@@ -18,7 +19,17 @@ from modelfsd.tree import Caller
 
 # The kernel comes back at once, but may wait for locks of directories in which others change names.
 SENT_BACK_SECONDS = 2.0  # to the next lookup, or from the last one to the call itself
+LOOKUPS_MAX = 4096  # of one call: a path has fewer names
 SENT_BACK_MAX = 4096  # callers that were told to look again and have not come back yet
+
+
+@dataclass(slots=True)
+class _Look:
+    """What a call that was sent to look again has found so far."""
+
+    until: float  # trio's clock: when it is taken not to come back
+    shown: list[KernelId] = field(default_factory=list)
+    in_vain: bool = False  # whether a name was not there
 
 
 class SentBack:
@@ -26,34 +37,46 @@ class SentBack:
 
     A call may end without coming back (ENOENT, EACCES, a signal), and what a later call of the
     same thread looks up must not pass for its look. So only what is surely retried may be sent
-    back through here, a lookup in vain ends the memory of it, and so does a second.
+    back through here, a lookup in vain ends the look, and so does a second.
     """
 
     def __init__(self) -> None:
-        # By pid: until when, and the inode shown last (0: none), or None after a look in vain.
-        self._shown: OrderedDict[int, tuple[float, KernelId | None]] = OrderedDict()
+        self._looks: OrderedDict[int, _Look] = OrderedDict()  # by pid
 
     def send(self, caller: Caller) -> NoReturn:
         """Raise `StaleHandle`."""
-        self._shown[caller.pid] = (trio.current_time() + SENT_BACK_SECONDS, KernelId(0))
-        while len(self._shown) > SENT_BACK_MAX:
-            self._shown.popitem(last=False)
+        self._looks[caller.pid] = _Look(trio.current_time() + SENT_BACK_SECONDS)
+        while len(self._looks) > SENT_BACK_MAX:
+            self._looks.popitem(last=False)
         raise StaleHandle(caller.pid)
 
     def note_lookup(self, caller: Caller, inode: KernelInode | None) -> None:
         """A lookup was answered; None: in vain."""
-        until, shown = self._shown.get(caller.pid, (0.0, None))
+        look = self._looks.get(caller.pid)
         now = trio.current_time()
-        if shown is not None and now <= until:
-            found = inode.id if inode is not None else None
-            self._shown[caller.pid] = (now + SENT_BACK_SECONDS, found)
+        if look is None or look.in_vain or now > look.until:
+            return
+        look.until = now + SENT_BACK_SECONDS
+        if inode is None:
+            look.in_vain = True
+        elif len(look.shown) < LOOKUPS_MAX:
+            look.shown.append(inode.id)
+
+    def _end(self, caller: Caller) -> _Look | None:
+        look = self._looks.pop(caller.pid, None)
+        return look if look is not None and trio.current_time() <= look.until else None
 
     def is_back(self, caller: Caller, inode: KernelInode) -> bool:
-        """Whether this call was sent back and was shown this very inode since. Tells once."""
-        until, shown = self._shown.pop(caller.pid, (0.0, None))
-        return shown == inode.id and trio.current_time() <= until
+        """Whether this call was sent back and was shown this very inode last. Tells once."""
+        look = self._end(caller)
+        return look is not None and not look.in_vain and look.shown[-1:] == [inode.id]
+
+    def is_back_on_the_way(self, caller: Caller, inode: KernelInode) -> bool:
+        """The same for a call that looks up another path after this inode, to a new name."""
+        look = self._end(caller)
+        return look is not None and inode.id in look.shown
 
     def is_back_in_vain(self, caller: Caller) -> bool:
         """Whether this call may have been sent back, and found nothing then. Tells once."""
-        until, shown = self._shown.pop(caller.pid, (0.0, KernelId(0)))
-        return shown is None and trio.current_time() <= until
+        look = self._end(caller)
+        return look is not None and look.in_vain

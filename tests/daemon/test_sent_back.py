@@ -1,0 +1,79 @@
+"""Who was sent to look again is recognised when he is back, and nobody else is taken for him."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from modelfs.errors import StaleHandle
+from modelfs.ids import InodeNumber, KernelId
+from modelfs.inode import Inode
+from modelfsd import sent_back
+from modelfsd.kernel_inodes import KernelInode
+from modelfsd.sent_back import SentBack
+from modelfsd.tree import Caller
+
+CALLER, OTHER = Caller(0, 0, 7), Caller(0, 0, 8)
+RECORD = Inode(mode=0o100644, uid=0, gid=0, atime_ns=1, mtime_ns=1, ctime_ns=1, inline=b"")
+DIRECTORY, FILE = (KernelInode(KernelId(n), InodeNumber(n), RECORD) for n in (5, 6))
+
+
+def sent() -> SentBack:
+    calls = SentBack()
+    with pytest.raises(StaleHandle):
+        calls.send(CALLER)
+    return calls
+
+
+async def test_an_open_is_back_at_the_inode_that_it_was_shown_last() -> None:
+    calls = sent()
+    calls.note_lookup(CALLER, DIRECTORY)
+    calls.note_lookup(OTHER, DIRECTORY)
+    calls.note_lookup(CALLER, FILE)
+    assert not calls.is_back(OTHER, FILE)
+    assert calls.is_back(CALLER, FILE)
+    assert not calls.is_back(CALLER, FILE), "told once"
+    calls = sent()
+    calls.note_lookup(CALLER, FILE)
+    calls.note_lookup(CALLER, DIRECTORY)
+    assert not calls.is_back(CALLER, FILE)
+
+
+async def test_a_look_in_vain_ends_it_and_a_create_is_told() -> None:
+    for found_later in (False, True):
+        calls = sent()
+        calls.note_lookup(CALLER, DIRECTORY)
+        calls.note_lookup(CALLER, None)
+        if found_later:  # by another call
+            calls.note_lookup(CALLER, FILE)
+        assert not calls.is_back(CALLER, FILE)
+        calls = sent()
+        calls.note_lookup(CALLER, None)
+        assert calls.is_back_in_vain(CALLER)
+    assert not sent().is_back_in_vain(CALLER)
+
+
+async def test_a_link_is_back_though_its_new_name_was_looked_up_since() -> None:
+    calls = sent()
+    for found in (FILE, DIRECTORY, None):
+        calls.note_lookup(CALLER, found)
+    assert calls.is_back_on_the_way(CALLER, FILE)
+
+
+async def test_who_does_not_come_back_is_forgotten(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = sent()
+    await trio.sleep(sent_back.SENT_BACK_SECONDS * 0.9)
+    calls.note_lookup(CALLER, DIRECTORY)
+    await trio.sleep(sent_back.SENT_BACK_SECONDS * 0.9)
+    calls.note_lookup(CALLER, FILE)  # it waited for locks
+    await trio.sleep(sent_back.SENT_BACK_SECONDS * 1.1)
+    assert not calls.is_back(CALLER, FILE)
+    monkeypatch.setattr(sent_back, "SENT_BACK_MAX", 1)
+    calls = sent()
+    with pytest.raises(StaleHandle):
+        calls.send(OTHER)
+    calls.note_lookup(CALLER, FILE)
+    assert not calls.is_back(CALLER, FILE)
