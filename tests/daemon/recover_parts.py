@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-import pytest
 import trio
 
 from modelfs.errors import ChunkMissing
@@ -107,14 +103,3 @@ async def lose_sealed_chunks(node: Node, count: int) -> str:
     session.copy._files.is_made = False  # the daemon that knew of it is dead
     (name,) = (path.name for path in node.writer.lost_dir.iterdir())
     return name
-
-
-@contextmanager
-def small_disk(directory: Path, size: int) -> Iterator[None]:
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(directory)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a small disk needs root, and the right to mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(directory)], check=True)

@@ -8,8 +8,6 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -21,6 +19,7 @@ from modelfs.limits import BLOCK_BYTES, MIB
 from modelfs.ports import Holding
 from modelfsd import chunk_file, chunk_tree
 from modelfsd.disk import DiskChunkStore
+from tests.needs import small_disk
 
 LENGTH = 2 * BLOCK_BYTES + 1000
 
@@ -226,20 +225,8 @@ def test_a_bad_cached_copy_is_removed_not_kept(root: Path, store: DiskChunkStore
 # ---------------------------------------------------------------- a full disk
 
 
-@contextmanager
-def tiny_disk(path: Path, size: str) -> Iterator[None]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", path], check=True)
-
-
 def test_a_full_disk_refuses_owned_chunks_and_keeps_the_others(tmp_path: Path) -> None:
-    with tiny_disk(tmp_path / "disk", "2m"):
+    with small_disk(tmp_path / "disk", 2 * MIB):
         store = DiskChunkStore(tmp_path / "disk" / "chunks", MIB)
         stored: list[ChunkRef] = []
 
@@ -263,7 +250,7 @@ def test_a_full_disk_refuses_owned_chunks_and_keeps_the_others(tmp_path: Path) -
 
 
 def test_cached_chunks_make_room_for_owned_ones(tmp_path: Path) -> None:
-    with tiny_disk(tmp_path / "disk", "2m"):
+    with small_disk(tmp_path / "disk", 2 * MIB):
         store = DiskChunkStore(tmp_path / "disk" / "chunks", 100 * MIB)
         for seed in range(20):
             store.put(*make(300_000, seed), Holding.CACHED)

@@ -19,7 +19,8 @@ from modelfsd.layout import read_journal
 from modelfsd.recover import RecoveryFailed
 from modelfsd.recovery_service import RecoveryService
 from tests.daemon.node_parts import cluster_of
-from tests.daemon.recover_parts import FIRST, Twin, lose_sealed_chunks, rebuilt, small_disk, until
+from tests.daemon.recover_parts import FIRST, Twin, lose_sealed_chunks, rebuilt, until
+from tests.needs import small_disk
 
 LOST = r"cannot be committed, they are kept|closed with writes that could not be committed"
 

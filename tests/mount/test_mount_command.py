@@ -13,9 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-
 from modelfsd import lab_processes
+from tests.needs import missing
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +72,7 @@ def test_mount_and_umount_as_from_fstab(test_root: Path) -> None:
     finally:
         lab_processes.kill([mark], 10.0)
     if done.returncode and "unshare" in done.stderr:
-        pytest.skip(f"no mount namespaces here: {done.stderr.strip()}")
+        missing(f"no mount namespaces here: {done.stderr.strip()}")
     log = root / "state" / "modelfs.log"
     said = log.read_text(errors="replace") if log.exists() else ""
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{said}"
