@@ -37,7 +37,7 @@ from modelfsd.kernel_inodes import KernelInode
 from modelfsd.namespace import Namespace
 from modelfsd.pusher import Pusher
 from modelfsd.readahead import Readahead
-from modelfsd.sent_back import SentBack
+from modelfsd.sent_back import Entry, SentBack
 from modelfsd.tree import Caller, NewInode, Tree
 from modelfsd.uses import FileUses, current_use
 from modelfsd.write_session import WriteSession
@@ -100,7 +100,7 @@ class Files:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         if not writable:
             if must_look_again and not has_looked_again:
-                self._sent_opens.send(caller)
+                self._sent_opens.send(caller, inode)
             return self._new_handle(inode, None)
         return await self._open_for_writing(inode, flags, caller, must_look_again, has_looked_again)
 
@@ -117,11 +117,12 @@ class Files:
         session = self._writer.session_of(inode)
         try:
             await self._pusher.drain(inode)
+            session.require_sound()
             size = max(inode.record.size, session.copy.size)
             if must_look_again:  # then the lease is for the OPEN that comes next
                 latest = self._namespace.mirror.inode(inode.ino)
                 size = latest.size if latest is not None else 0
-            if size:
+            if size and self._has_name(inode):
                 may_start_over = has_looked_again and bool(flags & os.O_TRUNC)
                 await self._take_lease(session, may_start_over, wait_seconds)
             if must_look_again:
@@ -139,9 +140,13 @@ class Files:
                     raise WriterElsewhere(
                         f"inode {inode.ino} was written twice meanwhile"
                     ) from error
-                self._sent_opens.send(caller)
+                self._sent_opens.send(caller, inode)
             raise
         return self._new_handle(inode, session)
+
+    def _has_name(self, inode: KernelInode) -> bool:
+        """Else it is opened through /proc/self/fd, and nobody will ever see what is written."""
+        return self._namespace.mirror.inode(inode.ino) is not None or not inode.handles
 
     @staticmethod
     async def _take_lease(
@@ -164,11 +169,15 @@ class Files:
         if not inode.is_current and not is_back:
             self._sent_links.send(caller)
 
-    def note_lookup(self, caller: Caller, inode: KernelInode | None) -> None:
-        """A lookup was answered (None: in vain): remember it for who was sent to look again."""
-        self._sent_opens.note_lookup(caller, inode)
-        self._sent_links.note_lookup(caller, inode)
-        self._sent_truncates.note_lookup(caller, inode)
+    def note_lookup(self, caller: Caller, entry: Entry, inode: KernelInode | None) -> bool:
+        """A lookup was answered (None: in vain): remember it for who was sent to look again.
+
+        Returns whether the kernel may remember it.
+        """
+        may_remember = True
+        for calls in (self._sent_opens, self._sent_links, self._sent_truncates):
+            may_remember &= calls.note_lookup(caller, entry, inode)
+        return may_remember
 
     def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
         self._last_handle += 1
@@ -276,9 +285,15 @@ class Files:
     async def release(self, number: int) -> None:
         """The last descriptor of a handle is gone."""
         handle = self._handles.pop(number)
-        if handle.session is not None:
-            await handle.session.release()
-        self._cache.inodes.close(handle.inode)
+        inode, session = handle.inode, handle.inode.session
+        inode.handles -= 1
+        try:
+            if handle.session is not None:
+                await handle.session.release()
+            elif session is not None:
+                await session.end_unless_used()
+        finally:
+            self._cache.inodes.drop_if_unused(inode)
 
     # ------------------------------------------------------------ attributes of files
 
@@ -304,6 +319,7 @@ class Files:
         session = self._writer.session_of(inode)
         try:
             await self._pusher.drain(inode)
+            session.require_sound()
             await session.ensure_lease()
             await session.truncate(size)
             session.copy.mtime_ns = mtime_ns
@@ -311,7 +327,7 @@ class Files:
         except StaleHandle as error:
             if has_looked_again:  # the kernel would tell the application ESTALE
                 raise WriterElsewhere(f"inode {inode.ino} was written twice meanwhile") from error
-            self._sent_truncates.send(caller)
+            self._sent_truncates.send(caller, inode)
         finally:
             await session.release()
 

@@ -152,11 +152,6 @@ class KernelInodes:
                 inode.lookups = 0
             self.drop_if_unused(inode)
 
-    def close(self, inode: KernelInode) -> None:
-        """One handle less."""
-        inode.handles -= 1
-        self.drop_if_unused(inode)
-
     def drop_if_unused(self, inode: KernelInode) -> None:
         """Forget an inode that neither the kernel nor we refer to."""
         if inode.lookups or inode.handles or inode.pushes or inode.session:

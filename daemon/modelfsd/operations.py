@@ -190,13 +190,17 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
+        directory = self._inodes[parent_inode]
+        entry, caller = (directory.id, name), _caller(ctx)
         try:
-            found = await self._tree.lookup(self._inodes[parent_inode], name)
+            found = await self._tree.lookup(directory, name)
         except NoSuchEntry:
-            self._files.note_lookup(_caller(ctx), None)
+            self._files.note_lookup(caller, entry, None)
             raise
-        self._files.note_lookup(_caller(ctx), found)
-        return self._attributes(found)
+        attributes = self._attributes(found)
+        if not self._files.note_lookup(caller, entry, found):
+            attributes.entry_timeout = 0
+        return attributes
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         self._inodes.forget(inode_list)

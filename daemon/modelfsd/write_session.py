@@ -6,14 +6,18 @@ nodes can hold a lock file open that neither ever writes.
 
 A commit happens in `flush`: seal what is staged, wait for the replicas, store the manifest, and
 change the inode in one transaction that compares lease and version. What goes wrong on the way
-poisons the session: nothing of it is ever committed, every later write, flush and fsync of it
-fails, and its bytes are kept under `lost/`.
+poisons the session: nothing of it is ever committed, every later flush and fsync of it fails, and
+its bytes are kept under `lost/`, also those that are written later, as long as there is room.
+
+That a write can no longer be committed is not told to the WRITE that finds it out. The kernel sends
+WRITEs long after write() has returned, and fails for them the close() of whoever has the file open.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,6 +70,7 @@ class WriteSession:
         self._token: Revision | None = None
         self._starts_over = False  # opened with O_TRUNC, and nothing written since
         self._is_unlinked = False  # its last name is gone: there is nothing to commit to
+        self._is_short = False  # bytes were refused: none that come later are taken
         self._leasing = trio.Lock()
         self._gate = SharedLock()  # WRITEs share it, a commit has it alone
 
@@ -113,31 +118,41 @@ class WriteSession:
     # ------------------------------------------------------------ writing
 
     async def write(self, offset: int, data: Buffer) -> None:
-        """Take bytes. A failure poisons the session."""
+        """Take bytes. Raises `OutOfSpace`, `FileTooLarge` and OSError if they cannot be kept."""
         async with self._gate.shared():
-            self._raise_failure()
+            if self._is_short:
+                self._raise_failure()
+            await self._lease_for_write()
             try:
-                if self._token is None:
-                    await self._lease_for_first_write()
                 completed = await self.copy.write(offset, data)
             except (ModelfsError, OSError) as error:
+                self._is_short = True
                 self._poison(error)
                 raise
         for index in completed:
-            await self._seal_soon(index)
+            if self.failure is None:
+                await self._seal_soon(index)
 
-    async def _lease_for_first_write(self) -> None:
-        if self.inode.record.nlink == 0:
-            return  # unlinked: nobody else will ever see these bytes
-        try:
-            await self.ensure_lease()
-        except NoSuchEntry:
-            return  # as above
-        except StaleHandle:
-            if not self._starts_over:
-                reason = "another node wrote it first"
-                raise WriteLost(self.inode.ino, reason) from None
-            await self.start_over_now()
+    async def _lease_for_write(self) -> None:
+        """The lease, or the session is poisoned."""
+        if self.failure is None:
+            try:
+                await self._first_lease()
+            except ModelfsError as error:
+                self._poison(error)
+
+    async def _first_lease(self) -> None:
+        """The lease, unless the file is unlinked. Raises `WriterElsewhere` and `WriteLost`."""
+        if self._token is not None or self.inode.record.nlink == 0:
+            return
+        with suppress(NoSuchEntry):  # unlinked: nobody else will ever see these bytes
+            try:
+                await self.ensure_lease()
+            except StaleHandle:
+                if not self._starts_over:
+                    reason = "another node wrote it first"
+                    raise WriteLost(self.inode.ino, reason) from None
+                await self.start_over_now()
 
     def start_over(self) -> None:
         """The file was opened with O_TRUNC: whatever stands there when its turn comes, goes.
@@ -168,8 +183,7 @@ class WriteSession:
             if size == self.copy.size:
                 return
             try:
-                if self._token is None:
-                    await self._lease_for_first_write()
+                await self._first_lease()
                 await self.copy.truncate(size)
             except (ModelfsError, OSError) as error:
                 self._poison(error)
@@ -268,7 +282,7 @@ class WriteSession:
     # ------------------------------------------------------------ ending
 
     async def release(self) -> None:
-        """One handle less. With the last, commit what came after the last flush, and let go."""
+        """One writable handle less; with the last, commit what came after the last flush."""
         self.handles -= 1
         if self.handles:
             return
@@ -283,9 +297,19 @@ class WriteSession:
             token, self._token = self._token, None
             if token is not None:
                 self._writer.leases.linger(self.inode.ino, token)
-            await self._let_go_of_files()
-            if not self.handles:
-                self._writer.end(self)
+        await self.end_unless_used()
+
+    async def end_unless_used(self) -> None:
+        """A handle is closed: end the session, unless another one needs it.
+
+        Handles for reading need it as long as it has contents that will never be committed: they
+        have seen them.
+        """
+        if self.handles or (self.copy.is_dirty and self.inode.handles):
+            return
+        await self._let_go_of_files()
+        if not (self.handles or (self.copy.is_dirty and self.inode.handles)):
+            self._writer.end(self)
 
     async def _let_go_of_files(self) -> None:
         """Remove the staging files, or keep them for recovery. Waits for `_describe_loss`."""
@@ -297,13 +321,10 @@ class WriteSession:
                     await trio.to_thread.run_sync(self.copy.discard)
                 else:
                     await self.copy.spill()
-                    await trio.to_thread.run_sync(
-                        self.copy.keep, self._writer.lost_dir, str(self.failure)
-                    )
-            except (
-                ModelfsError,
-                OSError,
-            ) as error:  # a start of the daemon moves what is left to lost/
+                    why = str(self.failure)
+                    await trio.to_thread.run_sync(self.copy.keep, self._writer.lost_dir, why)
+            except (ModelfsError, OSError) as error:
+                # A start of the daemon moves what is left to lost/.
                 log.error("the files of %s stay where they are, or as they are: %s", self, error)
 
     def _raise_failure(self) -> None:
@@ -319,15 +340,21 @@ class WriteSession:
         self._writer.retire(self.inode)
         self._writer.start_soon(self._describe_loss)
 
+    def require_sound(self) -> None:
+        """Refuse a handle to contents that cannot be committed. Raises `StaleHandle`.
+
+        The kernel looks again, and finds the file as it is.
+        """
+        if self.failure is not None:
+            raise StaleHandle(self.inode.ino)
+
     async def _describe_loss(self) -> None:
         async with self._gate.alone():
             try:
                 await self.copy.spill()
                 await trio.to_thread.run_sync(self.copy.describe_on_disk, str(self.failure))
-            except (
-                ModelfsError,
-                OSError,
-            ) as error:  # the full disk, perhaps, that is the very reason
+            except (ModelfsError, OSError) as error:
+                # The full disk, perhaps, that is the very reason.
                 log.error("why %s is kept could not be written beside it: %s", self, error)
 
     def __str__(self) -> str:

@@ -74,9 +74,10 @@ class Writer:
         return [mirror.path_of(ino) for ino in inos if mirror.names.get(ino)]
 
     def end(self, session: WriteSession) -> None:
-        """The last handle is closed and everything settled."""
+        """Nobody needs it any more, and everything is settled. May be called again."""
         self.open_sessions.discard(session)
-        session.inode.session = None
+        if session.inode.session is session:
+            session.inode.session = None
         self.inodes.drop_if_unused(session.inode)
 
     def keep_leftovers(self) -> int:

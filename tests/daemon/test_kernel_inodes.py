@@ -46,7 +46,8 @@ def test_counts_ids_and_currency_in_a_random_life(rng: Random, seed: int) -> Non
             case 3 if some is not None:
                 some.handles += 1
             case 4 if some is not None and some.handles:
-                inodes.close(some)
+                some.handles -= 1
+                inodes.drop_if_unused(some)
             case 5 if some is not None and some.lookups:
                 inodes.forget([(some.id, rng.randrange(1, some.lookups + 1))])
         alive = {inode for inode in alive if inode.lookups or inode.handles}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from pathlib import Path
 from random import Random
 
@@ -126,6 +127,7 @@ async def test_after_a_failure_nothing_commits_and_the_bytes_are_kept(
     monkeypatch: pytest.MonkeyPatch,
     disaster: Callable[[Node, pytest.MonkeyPatch], Awaitable[None]],
 ) -> None:
+    is_short = disaster is _fail_write
     async with cluster_of(2, tmp_path) as cluster:
         one, two = cluster.nodes
         await one.make_file(b"f")
@@ -134,24 +136,72 @@ async def test_after_a_failure_nothing_commits_and_the_bytes_are_kept(
         await session.write(0, b"n" * 10_000)
         with monkeypatch.context() as patch:
             await disaster(one, patch)
-            with pytest.raises((OutOfSpace, WriteLost)):
+            with pytest.raises(OutOfSpace) if is_short else nullcontext():
                 await session.write(10_000, b"more")
         for _ in range(2):
+            with pytest.raises(WriteLost) if is_short else nullcontext():
+                await session.write(10_004, b"and more")
             with pytest.raises(WriteLost):
-                await session.write(10_000, b"more")
+                await session.truncate(5)
             with pytest.raises(WriteLost):
                 await session.flush()
+        with pytest.raises(StaleHandle):
+            session.require_sound()
         assert not session.inode.is_current
         await session.release()
         assert await two.read_file(b"f") == b"old"
         (kept,) = (one.state_dir / "lost").iterdir()
-        assert (kept / "0-0").read_bytes() == b"n" * 10_000
+        written = b"n" * 10_000 + (b"" if is_short else b"moreand more")
+        assert (kept / "0-0").read_bytes() == written
         description = json.loads((kept / "description.json").read_bytes())
         assert description["path"] == "/f" and description["why"]
         # The file itself can be written again.
         one.leases.etcd_lease = await cluster.etcd.grant(10)
         await one.write_file(b"f", b"newer")
         assert await two.read_file(b"f") == b"newer"
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_the_first_bytes_of_who_came_too_late_are_kept(tmp_path: Path) -> None:
+    """An empty file is opened without a lease, so another node may write it first."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = one.writer.session_of(await one.look_up(b"f"))
+        await two.write_file(b"f", b"first")
+        await session.write(0, b"late")
+        await session.write(4, b"r")
+        with pytest.raises(WriteLost, match="another node wrote it first"):
+            await session.flush()
+        await session.release()
+        assert await one.read_file(b"f") == await two.read_file(b"f") == b"first"
+        (kept,) = (one.state_dir / "lost").iterdir()
+        assert (kept / "0-0").read_bytes() == b"later"
+
+
+@pytest.mark.expected_logs(LOST)
+@pytest.mark.parametrize("fate", ["unlinked", "lost"])
+async def test_who_reads_a_file_goes_on_reading_what_its_writer_could_not_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        session = await node.open(b"f")
+        session.inode.handles = 1  # of a reader; that of the writer is not counted here
+        await session.write(0, b"n" * 10_000)
+        if fate == "unlinked":
+            await node.namespace.change(lambda m: changes.remove(m, ROOT_INODE, b"f", False, 1))
+        else:
+            await _lapse(node, monkeypatch)
+        await session.release()
+        assert session.inode.session is session
+        assert await session.read(9_999, 10) == b"n"
+        session.inode.handles = 0
+        await session.end_unless_used()
+        assert session.inode.session is None
+        assert not list((node.state_dir / "staging").iterdir())
+        assert len(list((node.state_dir / "lost").iterdir())) == (fate == "lost")
 
 
 @pytest.mark.expected_logs(LOST)

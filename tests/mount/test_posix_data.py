@@ -113,6 +113,38 @@ def test_an_unlinked_file_lives_until_it_is_closed(here: Path) -> None:
     os.close(descriptor)
 
 
+@pytest.mark.parametrize("remover", [0, 1], ids=["here", "elsewhere"])
+def test_what_an_unlinked_file_is_stays_for_its_readers_when_its_writer_closes(
+    dirs: Dirs, remover: int
+) -> None:
+    """Also through /proc/self/fd, where an open brings no name to look up again."""
+    contents = os.urandom(5 * MIB)
+    (dirs[0] / "file").write_bytes(b"old")
+    with (dirs[0] / "file").open("rb", buffering=0) as reader:
+        with (dirs[0] / "file").open("r+b", buffering=0) as writer:
+            (dirs[remover] / "file").unlink()
+            writer.write(contents)
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert reader.read() == contents
+        again = f"/proc/self/fd/{reader.fileno()}"
+        with open(again, "rb") as second:
+            assert second.read() == contents
+        with open(again, "r+b") as second:
+            second.write(b"new")
+        os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(reader.fileno(), 6, 0) == b"new" + contents[3:6]
+    assert not os.listdir(dirs[0])
+
+
+def test_a_superseded_file_can_be_opened_again_by_who_has_it_open(dirs: Dirs) -> None:
+    (dirs[0] / "file").write_bytes(b"old")
+    with (dirs[0] / "file").open("rb") as reader:
+        (dirs[1] / "file").write_bytes(b"new")
+        with open(f"/proc/self/fd/{reader.fileno()}", "rb") as again:
+            assert again.read() == b"old"
+    assert (dirs[0] / "file").read_bytes() == b"new"
+
+
 def test_a_committed_file_that_is_unlinked_stays_readable_and_mapped(dirs: Dirs) -> None:
     contents = os.urandom(9 * MIB)
     (dirs[0] / "file").write_bytes(contents)

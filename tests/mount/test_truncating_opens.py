@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
 
-from tests.mount.mount_parts import Dirs
+from tests.mount.mount_parts import Dirs, refused
 
 pytestmark = pytest.mark.fuse
 
@@ -63,3 +65,29 @@ def test_who_did_not_truncate_cannot_overwrite_what_came_first(dirs: Dirs) -> No
     with pytest.raises(OSError, match="Input/output error"):
         appending.close()
     assert first.read_text() == second.read_text() == "first"
+
+
+@pytest.mark.expected_logs("another node wrote it first", "cannot be committed")
+def test_a_write_that_is_lost_fails_only_for_who_made_it(dirs: Dirs) -> None:
+    first, second = (directory / "log" for directory in dirs[:2])
+    first.touch()
+    reader = second.open("rb", buffering=0)
+    appending = os.open(second, os.O_WRONLY | os.O_APPEND)
+    mapped = os.open(second, os.O_RDWR | os.O_APPEND)
+    os.write(appending, b"appended" * LARGE)
+    first.write_bytes(b"first")
+    with refused(errno.EIO):
+        os.fsync(appending)
+    assert reader.read() == b"appended" * LARGE, "as it was written on this node"
+    for _ in range(3):  # through the name it is another file by now, which is sound
+        assert second.read_bytes() == b"first"
+        os.truncate(second, 2)
+        second.write_bytes(b"first")
+    for descriptor in (appending, mapped):
+        with refused(errno.EIO):
+            os.close(descriptor)
+    assert reader.read(1) == b""
+    reader.seek(0)
+    assert reader.read() == b"appended" * LARGE
+    reader.close()
+    assert first.read_bytes() == second.read_bytes() == b"first"
