@@ -79,6 +79,12 @@ class StagedChunk:
         intervals = list(self.extents)
         return start == 0 if not intervals else intervals[0][0] == 0 and start <= intervals[0][1]
 
+    def from_memory(self, start: int, end: int) -> bytes | None:
+        """Bytes as they were written, if all of them are in memory."""
+        if self.assembly is None or not self.extents.covers(start, end):
+            return None
+        return bytes(self.assembly.data[start:end])
+
     def read(self, start: int, size: int) -> bytearray:
         """Bytes as the file has them; arbitrary where nothing was written."""
         if self.assembly is not None:

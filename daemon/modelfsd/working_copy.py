@@ -49,7 +49,7 @@ CRASHED = "the daemon ended before the file was closed"
 
 
 class WorkingCopy:
-    """The uncommitted state of one file. Callers keep WRITEs and commits apart."""
+    """The uncommitted state of one file. Callers keep WRITEs, commits and truncations apart."""
 
     def __init__(
         self,
@@ -224,15 +224,18 @@ class WorkingCopy:
         parts: list[bytes | memoryview] = []
         for piece in stripe.cut(self.base.chunk_bytes, offset, size):
             staged = self._staged.get(piece.index)
-            if staged is None:
-                parts.append(await self._under(piece.index, piece.start, piece.size))
-                continue
+            data = await self._from_staged(piece, staged) if staged is not None else None
+            parts.append(data or await self._under(piece.index, piece.start, piece.size))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _from_staged(self, piece: stripe.ChunkRange, staged: StagedChunk) -> bytes | None:
+        """A range of a staged chunk; None if it is not staged any more."""
+        data = staged.from_memory(piece.start, piece.start + piece.size)
+        if data is None:  # else sealing it, which takes as long as its replicas, is no obstacle
             async with staged.lock:
                 if self._staged.get(piece.index) is staged:
-                    parts.append(await self._overlay(piece, staged))
-                    continue
-            parts.append(await self._under(piece.index, piece.start, piece.size))
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+                    data = await self._overlay(piece, staged)
+        return data if self._staged.get(piece.index) is staged else None
 
     async def _overlay(self, piece: stripe.ChunkRange, staged: StagedChunk) -> bytes:
         """A range of a staged chunk, with what lies under it in the gaps."""
@@ -324,8 +327,7 @@ class WorkingCopy:
     ) -> None:
         placement = self._replicator.chunks.mirror.latest_map
         epoch = placement.epoch if placement else Epoch(0)
-        note = self._files.note_seal
-        await trio.to_thread.run_sync(note, index, staged, length, ref, epoch)
+        await trio.to_thread.run_sync(self._files.note_seal, index, staged, length, ref, epoch)
 
     async def stage_inline_base(self) -> None:
         """Contents that stood in the base's record become a chunk, now that they outgrew it."""

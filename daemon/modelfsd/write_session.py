@@ -73,6 +73,7 @@ class WriteSession:
         self._is_short = False  # bytes were refused: none that come later are taken
         self._leasing = trio.Lock()
         self._gate = SharedLock()  # WRITEs share it, a commit has it alone
+        self._size_gate = SharedLock()  # READs share it, a truncation has both alone
 
     # ------------------------------------------------------------ the lease
 
@@ -176,7 +177,7 @@ class WriteSession:
 
     async def truncate(self, size: int) -> None:
         """Set the size of the working copy."""
-        async with self._gate.alone():
+        async with self._gate.alone(), self._size_gate.alone():
             self._raise_failure()
             if size > FILE_BYTES_MAX:
                 raise FileTooLarge(self.inode.ino)  # nothing was changed, so nothing is lost
@@ -210,8 +211,8 @@ class WriteSession:
             self._writer.uploads.give(size)
 
     async def read(self, offset: int, size: int) -> bytes | memoryview:
-        """Bytes as written so far."""
-        async with self._gate.shared():
+        """Bytes as written so far. Does not wait for a commit, which may wait for other nodes."""
+        async with self._size_gate.shared():
             return await self.copy.read(offset, size)
 
     # ------------------------------------------------------------ committing
