@@ -33,6 +33,7 @@ from modelfs.errors import (
     NoSuchEntry,
     StaleHandle,
     WriteLost,
+    WriterElsewhere,
 )
 from modelfs.ids import Revision
 from modelfs.limits import FILE_BYTES_MAX
@@ -139,6 +140,8 @@ class WriteSession:
         if self.failure is None:
             try:
                 await self._first_lease()
+            except WriterElsewhere:
+                self._poison(WriteLost(self.inode.ino, "another node went on writing it"))
             except ModelfsError as error:
                 self._poison(error)
 
@@ -183,8 +186,8 @@ class WriteSession:
                 raise FileTooLarge(self.inode.ino)  # nothing was changed, so nothing is lost
             if size == self.copy.size:
                 return
+            await self._first_lease()  # if it cannot be had, nothing is lost
             try:
-                await self._first_lease()
                 await self.copy.truncate(size)
             except (ModelfsError, OSError) as error:
                 self._poison(error)
@@ -330,7 +333,9 @@ class WriteSession:
 
     def _raise_failure(self) -> None:
         if self.failure is not None:
-            raise WriteLost(self.inode.ino, str(self.failure)) from self.failure
+            lost = self.failure
+            reason = lost.reason if isinstance(lost, WriteLost) else str(lost)
+            raise WriteLost(self.inode.ino, reason) from lost
 
     def _poison(self, failure: ModelfsError | OSError) -> None:
         """Nothing of it may be committed any more; keep its bytes."""
