@@ -56,6 +56,7 @@ class WriteSession:
     def __init__(self, writer: Writer, inode: KernelInode, directory: Path) -> None:
         self.inode = inode
         self.handles = 0
+        self._releasing = 0  # handles that are being given up
         self.failure: ModelfsError | OSError | None = None
         self._writer = writer
         self.copy = WorkingCopy(
@@ -290,6 +291,15 @@ class WriteSession:
         self.handles -= 1
         if self.handles:
             return
+        self._releasing += 1
+        try:
+            await self._settle()
+        finally:
+            self._releasing -= 1
+        await self.end_unless_used()
+
+    async def _settle(self) -> None:
+        """Commit what is left, and give the lease back."""
         try:
             if self.failure is None:
                 await self.flush()  # pages of a shared mapping come after close()
@@ -297,11 +307,10 @@ class WriteSession:
             log.error("%s was closed with writes that could not be committed: %s", self, error)
         async with self._leasing:
             if self.handles:
-                return  # opened again meanwhile, here and after each await below
+                return  # opened again meanwhile
             token, self._token = self._token, None
             if token is not None:
                 self._writer.leases.linger(self.inode.ino, token)
-        await self.end_unless_used()
 
     async def end_unless_used(self) -> None:
         """A handle is closed: end the session, unless another one needs it.
@@ -309,11 +318,15 @@ class WriteSession:
         Handles for reading need it as long as it has contents that will never be committed: they
         have seen them.
         """
-        if self.handles or (self.copy.is_dirty and self.inode.handles):
+        if self._is_used():
             return
         await self._let_go_of_files()
-        if not (self.handles or (self.copy.is_dirty and self.inode.handles)):
+        if not self._is_used():  # opened again meanwhile
             self._writer.end(self)
+
+    def _is_used(self) -> bool:
+        has_readers = self.copy.is_dirty and self.inode.handles > 0
+        return self.handles > 0 or self._releasing > 0 or has_readers
 
     async def _let_go_of_files(self) -> None:
         """Remove the staging files, or keep them for recovery. Waits for `_describe_loss`."""
