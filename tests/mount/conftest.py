@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ from modelfsd.lab import Lab
 from tests.mount.mount_parts import BIG_BYTES, Dirs, make_whole
 
 NODES = 3
+LOG_LINES = 60  # of each daemon, with the report of a failed test
 LOCK_WAIT_SECONDS = 2
 SETTINGS = f'lock_wait = "{LOCK_WAIT_SECONDS}s"\n'
 _numbers = itertools.count(1)
@@ -38,6 +39,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         missing.append("root")
     if missing:
         pytest.fail(f"the mount tests need {', '.join(missing)}", pytrace=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failed test what the daemons of its lab said last."""
+    report = yield
+    values = getattr(item, "funcargs", {}).values()
+    for lab in (value for value in values if report.failed and isinstance(value, Lab)):
+        for node in lab.nodes:
+            if node.log_path.exists():
+                said = node.log_path.read_text(errors="replace").splitlines()
+                report.sections.append((f"log of {node.name}", "\n".join(said[-LOG_LINES:])))
+    return report
 
 
 def _start_lab(test_root: Path, name: str) -> Lab:
