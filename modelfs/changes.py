@@ -182,6 +182,7 @@ def create(
         raise EntryExists(name)
     draft = _Draft()
     draft.absent(keys.dentry(parent, name))
+    draft.absent(keys.inode(ino))  # should the counter of numbers ever be damaged: no other's
     draft.put(keys.inode(ino), encode(record))
     _link_name(draft, mirror, (parent, name), ino, record, record.ctime_ns)
     if record.is_directory:

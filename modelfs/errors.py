@@ -16,7 +16,8 @@
     │   ├── MetadataUnavailable etcd did not take the request: nothing has happened
     │   │   └── MetadataOutOfReach  no member with a quorum was found, for long
     │   ├── MetadataUncertain   etcd was asked and did not answer: it may have happened
-    │   └── HistoryCompacted    the watch must start again from a full load
+    │   ├── HistoryCompacted    the watch must start again from a full load
+    │   └── RecordUnreadable    what etcd holds of an inode or a name makes no sense
     ├── WriteLost               what a writer wrote can no longer be committed
     └── ProtocolError           bytes that no peer of ours would have sent
 
@@ -185,6 +186,14 @@ class HistoryCompacted(RemoteError):
     def __init__(self, compact_revision: int) -> None:
         super().__init__(f"etcd's history before revision {compact_revision} is compacted")
         self.compact_revision = compact_revision
+
+
+class RecordUnreadable(RemoteError):
+    """A record in etcd that cannot be read. What it is about can neither be used nor changed."""
+
+    def __init__(self, key: bytes, reason: str) -> None:
+        super().__init__(f"the record {key!r} in etcd cannot be read: {reason}")
+        self.key, self.reason = key, reason
 
 
 class WriteLost(ModelfsError):

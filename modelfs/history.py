@@ -26,14 +26,16 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from modelfs import keys
 from modelfs.errors import ProtocolError
 from modelfs.ids import InodeNumber
-from modelfs.inode import Inode
-from modelfs.limits import RECORD_BYTES_MAX
+from modelfs.inode import Inode, check_inode, is_retention
+from modelfs.limits import INODE_BITS, NAME_BYTES_MAX, RECORD_BYTES_MAX
 
 REWRITTEN, REPLACED, DELETED = "rewritten", "replaced", "deleted"
 NAMES_KEPT_MAX = 16  # of one inode, when it is rewritten: an entry each, in one transaction
@@ -42,11 +44,11 @@ NAMES_KEPT_MAX = 16  # of one inode, when it is rewritten: an entry each, in one
 class Retained(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     """What a name showed until `superseded_ns`."""
 
-    ino: int
+    ino: Annotated[int, Meta(ge=1, lt=1 << INODE_BITS)]
     record: Inode
     superseded_ns: int  # by the clock of `node`
-    why: str
-    node: str  # which node made the change
+    why: Annotated[str, Meta(max_length=NAME_BYTES_MAX)]
+    node: Annotated[str, Meta(max_length=NAME_BYTES_MAX)]  # which node made the change
     retain_seconds: float  # that held then
 
 
@@ -58,9 +60,13 @@ def decode_retained(value: bytes) -> Retained:
     if len(value) > RECORD_BYTES_MAX:
         raise ProtocolError(f"a history entry of {len(value)} bytes")
     try:
-        return _decoder.decode(value)
+        entry = _decoder.decode(value)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"a damaged history entry: {error}") from error
+    check_inode(entry.record)
+    if not is_retention(entry.retain_seconds):
+        raise ProtocolError(f"a history entry that is kept for {entry.retain_seconds} s")
+    return entry
 
 
 @dataclass(slots=True)

@@ -33,9 +33,16 @@ KernelId = NewType("KernelId", int)
 
 ROOT_INODE = InodeNumber(1)
 
+LABEL_BYTES_MAX = 64  # of a node's name or zone; Linux's HOST_NAME_MAX
+
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 def is_node_id(text: str) -> bool:
     """Whether `text` has the form of a node or cluster id."""
     return len(text) == 16 and _HEX_DIGITS.issuperset(text)
+
+
+def is_label(text: str) -> bool:
+    """Whether `text` can be a node's name or zone: printable, and of bounded length."""
+    return text.isprintable() and len(text.encode()) <= LABEL_BYTES_MAX

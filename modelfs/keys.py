@@ -19,11 +19,18 @@ security/revoked/<id>   Removed: a node that was removed, for good
 security/at/<id>        the step of Trust that a node has taken, decimal
 security/token/<id>     TokenRecord: what is kept of a join token; bound to a lease of its own
 etcd-join               held by a node while it joins etcd as a member
+
+Whoever takes a key apart is told by a `ProtocolError` that it is not one of ours. There is one way
+to write each key: else `inode/1` and `inode/0000000001` would be two records of one inode.
 """
 
 from __future__ import annotations
 
-from modelfs.ids import Epoch, InodeNumber, NodeId
+import re
+
+from modelfs.errors import ProtocolError
+from modelfs.ids import Epoch, InodeNumber, NodeId, is_node_id
+from modelfs.limits import NAME_BYTES_MAX
 
 CLUSTER = b"cluster"
 SEQ = b"seq"
@@ -43,7 +50,11 @@ HISTORY_PREFIX = b"history/"
 SECURITY_PREFIX = b"security/"
 REVOKED_PREFIX = b"security/revoked/"
 
-_INO_DIGITS = 10
+_INO = re.compile(rb"[0-9a-f]{10}")
+_EPOCH = re.compile(rb"[0-9a-f]{8}|[1-9a-f][0-9a-f]{8,13}")
+_NAMED = re.compile(rb"([0-9a-f]{10})/([^/\0]+)")
+_RETAINED = re.compile(rb"([0-9a-f]{10})/([^/\0]+)\0([0-9a-f]{8}|[1-9a-f][0-9a-f]{8,13})")
+_PIN = re.compile(rb"([0-9a-f]{16})/([0-9a-f]{64})")
 
 
 def inode(ino: InodeNumber) -> bytes:
@@ -88,8 +99,18 @@ def trust_step(node_id: NodeId) -> bytes:
 
 def revoked_node(key: bytes) -> NodeId | None:
     """The node that a key refuses; None if it is another key."""
-    is_ours = key.startswith(REVOKED_PREFIX)
-    return NodeId(key[len(REVOKED_PREFIX) :].decode("ascii", "replace")) if is_ours else None
+    if not key.startswith(REVOKED_PREFIX):
+        return None
+    node_id = key[len(REVOKED_PREFIX) :].decode("ascii", "replace")
+    return NodeId(node_id) if is_node_id(node_id) else None
+
+
+def node_of(key: bytes) -> NodeId:
+    """The node in the key of a living one."""
+    node_id = key[len(NODE_PREFIX) :].decode("ascii", "replace")
+    if not is_node_id(node_id):
+        raise ProtocolError("a key without the id of a node")
+    return NodeId(node_id)
 
 
 def token(token_id: bytes) -> bytes:
@@ -102,6 +123,13 @@ def placement_map(epoch: Epoch) -> bytes:
     return b"map/%08x" % epoch
 
 
+def epoch_of(key: bytes) -> Epoch:
+    """The epoch in the key of a placement map."""
+    if not _EPOCH.fullmatch(key, len(MAP_PREFIX)):
+        raise ProtocolError("a key without an epoch")
+    return Epoch(int(key[len(MAP_PREFIX) :], 16))
+
+
 def pin(node_id: NodeId, manifest: bytes) -> bytes:
     """The key of a node's pin on a manifest, given its chunk id."""
     return PIN_PREFIX + f"{node_id}/{manifest.hex()}".encode("ascii")
@@ -109,8 +137,10 @@ def pin(node_id: NodeId, manifest: bytes) -> bytes:
 
 def split_pin(key: bytes) -> tuple[NodeId, bytes]:
     """(node, chunk id of the manifest) of a pin's key."""
-    node_id, _, manifest = key[len(PIN_PREFIX) :].decode("ascii").partition("/")
-    return NodeId(node_id), bytes.fromhex(manifest)
+    parts = _PIN.fullmatch(key, len(PIN_PREFIX))
+    if parts is None:
+        raise ProtocolError("a key of no pin")
+    return NodeId(parts[1].decode("ascii")), bytes.fromhex(parts[2].decode("ascii"))
 
 
 def history_of(parent: InodeNumber, name: bytes) -> bytes:
@@ -125,20 +155,39 @@ def history(parent: InodeNumber, name: bytes, number: int) -> bytes:
 
 def split_history(key: bytes) -> tuple[InodeNumber, bytes, int]:
     """(parent, name, number) of a retained version's key."""
-    stem, _, number = key.rpartition(b"\0")
-    parent, _, name = stem[len(HISTORY_PREFIX) :].partition(b"/")
-    return InodeNumber(int(parent, 16)), name, int(number, 16)
+    parts = _RETAINED.fullmatch(key, len(HISTORY_PREFIX))
+    if parts is None:
+        raise ProtocolError("a key of no retained version")
+    return _number(parts[1]), _name(parts[2]), int(parts[3], 16)
 
 
 def ino_of(key: bytes, prefix: bytes) -> InodeNumber:
     """The inode number in a key of the form <prefix><ino>."""
-    return InodeNumber(int(key[len(prefix) :], 16))
+    digits = key[len(prefix) :]
+    if not _INO.fullmatch(digits):
+        raise ProtocolError("a key without an inode number")
+    return _number(digits)
 
 
 def split_dentry(key: bytes) -> tuple[InodeNumber, bytes]:
     """(parent, name) of a dentry's key."""
-    start = len(DENTRY_PREFIX)
-    return InodeNumber(int(key[start : start + _INO_DIGITS], 16)), key[start + _INO_DIGITS + 1 :]
+    parts = _NAMED.fullmatch(key, len(DENTRY_PREFIX))
+    if parts is None:
+        raise ProtocolError("a key of no name")
+    return _number(parts[1]), _name(parts[2])
+
+
+def _number(digits: bytes) -> InodeNumber:
+    number = int(digits, 16)
+    if not number:
+        raise ProtocolError("a key of inode 0, which is nobody's")
+    return InodeNumber(number)
+
+
+def _name(name: bytes) -> bytes:
+    if name in (b".", b"..") or len(name) > NAME_BYTES_MAX:
+        raise ProtocolError("a key with a name that cannot be")
+    return name
 
 
 assert dentries(InodeNumber(1))[1] == b"dentry/0000000001" + bytes([ord("/") + 1])

@@ -26,6 +26,7 @@ INLINE_BYTES_MAX = 4 * KIB  # contents kept in the inode record: the config.json
 # --- policies
 REPLICAS_DEFAULT = 2
 REPLICAS_MAX = 16  # a chunk's replicas are contacted all at once
+RETAIN_SECONDS_MAX = 1e11  # three thousand years: for ever, and still a number of nanoseconds
 RETAIN_SECONDS_DEFAULT = 3600.0  # superseded versions: long enough to notice a mistake
 
 # --- the peer protocol

@@ -5,19 +5,39 @@ what changed as values; whoever keeps the kernel's caches acts on them. Reading 
 
 Invariants:
 - `children[p][n]` exists exactly if etcd has the dentry (p, n) as of `revision`;
-- `names[i]` is the set of (p, n) whose dentry names i;
 - a revision whose `seq` was put by operation X makes every change of that revision X's.
+
+A row that cannot be read (`ProtocolError`), since a damaged or malicious member has put it, ends
+nothing: it is noted in `unreadable`, and all else is as before. What is asked about such an inode
+raises `RecordUnreadable`, so that nobody takes it for one that is gone; a name of which the record
+is damaged is listed, and means `NO_INODE`, which is unreadable too. Of a damaged lease nobody is
+the holder. Every other unreadable row counts as absent.
 """
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 from modelfs import keys
+from modelfs.announced import (
+    BecameUnreadable,
+    Change,
+    Child,
+    DirectoryTouched,
+    InodeChanged,
+    LeaseChanged,
+    MapChanged,
+    Name,
+    NameChanged,
+    NodeChanged,
+    PinChanged,
+    Row,
+    SecurityChanged,
+)
+from modelfs.errors import ProtocolError, RecordUnreadable
 from modelfs.history import HistoryIndex
-from modelfs.ids import ROOT_INODE, Epoch, InodeNumber, NodeId, Revision
+from modelfs.ids import Epoch, InodeNumber, NodeId, Revision
 from modelfs.inode import (
     Dentry,
     Inode,
@@ -29,145 +49,90 @@ from modelfs.inode import (
     decode_node,
     decode_pin,
     inode_number,
+    trusted_inode,
     writer_of,
 )
+from modelfs.names import Names
 from modelfs.placement import PlacementMap, decode_map
 from modelfs.ports import Event, KeyValue
 
-Name = tuple[InodeNumber, bytes]
+__all__ = [
+    "BecameUnreadable",
+    "Change",
+    "Child",
+    "DirectoryTouched",
+    "InodeChanged",
+    "LeaseChanged",
+    "MapChanged",
+    "Mirror",
+    "Name",
+    "NameChanged",
+    "NodeChanged",
+    "PinChanged",
+    "Row",
+    "SecurityChanged",
+]
+
+NO_INODE = InodeNumber(0)  # what a name with a damaged record means
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A value of etcd with the revisions that guard it."""
-
-    value: bytes
-    create_revision: Revision
-    mod_revision: Revision
-
-
-@dataclass(frozen=True, slots=True)
-class Child:
-    """A directory entry."""
-
-    ino: InodeNumber
-    kind: int  # file type bits
-    mod_revision: Revision
-    base: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class NameChanged:
-    """A name now means another inode, or none, or a first one."""
-
-    parent: InodeNumber
-    name: bytes
-    old: InodeNumber | None
-    new: InodeNumber | None
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class InodeChanged:
-    """An inode's record changed, appeared (old is None) or went (new is None)."""
-
-    ino: InodeNumber
-    old: Inode | None
-    new: Inode | None
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class DirectoryTouched:
-    """A directory's times changed."""
-
-    ino: InodeNumber
-    origin: str
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseChanged:
-    """A file's writer changed; None: nobody may write it now."""
-
-    ino: InodeNumber
-    node: NodeId | None
-
-
-@dataclass(frozen=True, slots=True)
-class NodeChanged:
-    """A node came, spoke or went (None)."""
-
-    node: NodeId
-    record: NodeRecord | None
-
-
-@dataclass(frozen=True, slots=True)
-class MapChanged:
-    """There is a new placement map."""
-
-    epoch: Epoch
-
-
-@dataclass(frozen=True, slots=True)
-class PinChanged:
-    """A node pinned a manifest, or let go of it."""
-
-    node: NodeId
-    manifest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class SecurityChanged:
-    """Something under `keys.SECURITY_PREFIX` changed."""
-
-
-_NameChange = NameChanged | InodeChanged | DirectoryTouched
-Change = _NameChange | LeaseChanged | NodeChanged | MapChanged | PinChanged | SecurityChanged
-
-
-class Mirror:
+class Mirror(Names):
     """What etcd held at `revision`."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.revision = Revision(0)
-        self.children: dict[InodeNumber, dict[bytes, Child]] = {}
-        self.names: dict[InodeNumber, set[Name]] = {}
         self.nodes: dict[NodeId, NodeRecord] = {}
         self.maps: dict[Epoch, PlacementMap] = {}
         self.latest_map: PlacementMap | None = None
         self.pins: dict[NodeId, dict[bytes, Pin]] = {}  # node -> chunk id of a manifest -> pin
         self.history = HistoryIndex()
+        self.unreadable: dict[bytes, tuple[str, Revision]] = {}  # key -> why, mod_revision
         self.file_count = 0
         self.file_bytes = 0
         self._inodes: dict[InodeNumber, Row] = {}
         self._dirtimes: dict[InodeNumber, bytes] = {}
         self._leases: dict[InodeNumber, Row] = {}
-        self._subdirectories: dict[InodeNumber, int] = {}
         self._others: dict[bytes, Row] = {}
 
     # ------------------------------------------------------------ reading
 
     def inode(self, ino: InodeNumber) -> Inode | None:
-        """The record of an inode, decoded; None if there is none."""
+        """The record of an inode, decoded; None if there is none. Raises `RecordUnreadable`."""
         row = self._inodes.get(ino)
-        return decode_inode(row.value) if row else None
+        if row is not None and row.value:
+            return trusted_inode(row.value)
+        if row is not None or ino == NO_INODE:
+            key = keys.inode(ino)
+            raise RecordUnreadable(
+                key, self.unreadable.get(key, ("that of its name is damaged",))[0]
+            )
+        return None
+
+    def readable_inode(self, ino: InodeNumber) -> Inode | None:
+        """As `inode`; None also if its record cannot be read."""
+        row = self._inodes.get(ino)
+        return trusted_inode(row.value) if row is not None and row.value else None
+
+    def is_unreadable(self, ino: InodeNumber) -> bool:
+        """Whether there is a record of this inode that cannot be read."""
+        row = self._inodes.get(ino)
+        return not row.value if row is not None else ino == NO_INODE
 
     def inode_row(self, ino: InodeNumber) -> Row | None:
         """An inode's row, for its revisions."""
         return self._inodes.get(ino)
 
     def inodes(self) -> Iterator[tuple[InodeNumber, Inode]]:
-        """All inodes, decoded one at a time. Do not await between them."""
-        for ino, row in self._inodes.items():
-            yield ino, decode_inode(row.value)
+        """All readable inodes, decoded one at a time. Do not await between them."""
+        for ino in self._inodes:
+            record = self.readable_inode(ino)
+            if record is not None:
+                yield ino, record
 
     def inode_numbers(self) -> list[InodeNumber]:
         """A snapshot of all inode numbers."""
         return list(self._inodes)
-
-    def child(self, parent: InodeNumber, name: bytes) -> Child | None:
-        """The entry of a directory."""
-        return self.children.get(parent, {}).get(name)
 
     def dirtime(self, ino: InodeNumber) -> tuple[int, int] | None:
         """(mtime, ctime) of a directory in ns; None if no entry of it ever changed."""
@@ -187,11 +152,6 @@ class Mirror:
             if writer_of(row.value) == node
         ]
 
-    @property
-    def directory_count(self) -> int:
-        """How many directories there are, the root included."""
-        return 1 + sum(self._subdirectories.values())
-
     def other(self, key: bytes) -> Row | None:
         """A row of one of the single keys (`keys.INODES`, `keys.DIRMOVE`, …)."""
         return self._others.get(key)
@@ -202,31 +162,7 @@ class Mirror:
 
     def link_count(self, ino: InodeNumber, record: Inode) -> int:
         """nlink: for a directory 2 and one for each subdirectory."""
-        return 2 + self._subdirectories.get(ino, 0) if record.is_directory else record.nlink
-
-    def parent_of(self, directory: InodeNumber) -> InodeNumber | None:
-        """The directory that holds a directory; None for the root and for a removed one."""
-        for parent, _ in self.names.get(directory, ()):
-            return parent
-        return None
-
-    def is_inside(self, ino: InodeNumber, directory: InodeNumber) -> bool:
-        """Whether `ino` (a directory) is `directory` or somewhere below it."""
-        current: InodeNumber | None = ino
-        while current is not None and current != directory:
-            current = self.parent_of(current)
-        return current == directory
-
-    def path_of(self, ino: InodeNumber) -> bytes:
-        """One path of an inode from the root, for people: b"a/b/c"; b"" for the root."""
-        parts: list[bytes] = []
-        while ino != ROOT_INODE:
-            name = next(iter(self.names.get(ino, ())), None)
-            if name is None:
-                return b"(unlinked)/" + b"/".join(reversed(parts))
-            ino, part = name
-            parts.append(part)
-        return b"/".join(reversed(parts))
+        return 2 + self.subdirectory_count(ino) if record.is_directory else record.nlink
 
     # ------------------------------------------------------------ feeding
 
@@ -246,7 +182,7 @@ class Mirror:
     def reload(self, revision: Revision, rows: Iterable[KeyValue]) -> list[Change]:
         """Become what etcd held at `revision`; returns the difference, with origin ""."""
         fresh = {row.key: row for row in rows}
-        stale = [key for key in self._all_keys() if key not in fresh]
+        stale = [key for key in dict.fromkeys(self._all_keys()) if key not in fresh]
         changes: list[Change] = []
         for key in stale:
             self._apply_event(Event(key, None, Revision(0), revision), "", changes)
@@ -268,28 +204,54 @@ class Mirror:
         self.revision = events[-1].mod_revision
 
     def _apply_event(self, event: Event, origin: str, changes: list[Change]) -> None:
+        if self.unreadable:
+            self.unreadable.pop(event.key, None)
+        try:
+            self._take(event, origin, changes)
+        except ProtocolError as error:
+            if event.value is not None:  # the deletion of what was never taken means nothing
+                self.unreadable[event.key] = (str(error), event.mod_revision)
+                self._take_unreadable(event, origin, changes)
+                changes.append(BecameUnreadable(event.key, str(error)))
+
+    def _take_unreadable(self, event: Event, origin: str, changes: list[Change]) -> None:
+        """Forget what the row said before; of an inode and a name, that there is one stays."""
+        try:
+            if event.key.startswith(keys.INODE_PREFIX):
+                ino = keys.ino_of(event.key, keys.INODE_PREFIX)
+                self._put_inode(ino, event, None, origin, changes)
+            elif event.key.startswith(keys.DENTRY_PREFIX):
+                name = keys.split_dentry(event.key)
+                self._put_name(name, Child(NO_INODE, 0, event.mod_revision), origin, changes)
+            else:
+                self._take(replace(event, value=None), origin, changes)
+        except ProtocolError:
+            return  # the key itself is none of ours: it has never said anything
+
+    def _take(self, event: Event, origin: str, changes: list[Change]) -> None:
+        """Take one row. Raises `ProtocolError`; then nothing has changed."""
         key = event.key
         if key.startswith(keys.INODE_PREFIX):
-            self._apply_inode(keys.ino_of(key, keys.INODE_PREFIX), event, origin, changes)
+            ino = keys.ino_of(key, keys.INODE_PREFIX)
+            new = decode_inode(event.value) if event.value is not None else None
+            self._put_inode(ino, event, new, origin, changes)
         elif key.startswith(keys.DENTRY_PREFIX):
-            self._apply_dentry(*keys.split_dentry(key), event, origin, changes)
+            name = keys.split_dentry(key)
+            self._put_name(name, _child_of(event), origin, changes)
         elif key.startswith(keys.DIRTIME_PREFIX):
             ino = keys.ino_of(key, keys.DIRTIME_PREFIX)
             if event.value is None:
                 self._dirtimes.pop(ino, None)
             else:
+                decode_dirtime(event.value)
                 self._dirtimes[ino] = event.value
             changes.append(DirectoryTouched(ino, origin))
         elif key.startswith(keys.LEASE_PREFIX):
-            ino = keys.ino_of(key, keys.LEASE_PREFIX)
-            _set(self._leases, ino, event)
-            node = writer_of(event.value) if event.value is not None else None
-            changes.append(LeaseChanged(ino, node))
+            self._apply_lease(keys.ino_of(key, keys.LEASE_PREFIX), event, changes)
         elif key.startswith(keys.NODE_PREFIX):
-            self._apply_node(NodeId(key[len(keys.NODE_PREFIX) :].decode("ascii")), event, changes)
+            self._apply_node(keys.node_of(key), event, changes)
         elif key.startswith(keys.MAP_PREFIX):
-            if event.value is not None:
-                self._apply_map(event.value, changes)
+            self._apply_map(keys.epoch_of(key), event.value, changes)
         elif key.startswith(keys.PIN_PREFIX):
             self._apply_pin(*keys.split_pin(key), event, changes)
         elif key.startswith(keys.HISTORY_PREFIX):
@@ -299,47 +261,34 @@ class Mirror:
             if key.startswith(keys.SECURITY_PREFIX):
                 changes.append(SecurityChanged())
 
-    def _apply_inode(
-        self, ino: InodeNumber, event: Event, origin: str, changes: list[Change]
+    def _apply_lease(self, ino: InodeNumber, event: Event, changes: list[Change]) -> None:
+        _set(self._leases, ino, event)
+        node = writer_of(event.value) if event.value is not None else None
+        changes.append(LeaseChanged(ino, node))
+        if node == "":
+            self.unreadable[event.key] = (reason := "it names no node", event.mod_revision)
+            changes.append(BecameUnreadable(event.key, reason))
+
+    def _put_inode(
+        self,
+        ino: InodeNumber,
+        event: Event,
+        new: Inode | None,
+        origin: str,
+        changes: list[Change],
     ) -> None:
-        old = self.inode(ino)
-        _set(self._inodes, ino, event)
-        new = self.inode(ino)
+        """`new` is None also if the record cannot be read: then its row stays, without a value."""
+        old = self.readable_inode(ino)
+        _set(self._inodes, ino, event if new else replace(event, value=event.value and b""))
         for record, sign in ((old, -1), (new, 1)):
             if record is not None and record.is_file:
                 self.file_count += sign
                 self.file_bytes += sign * record.size
         changes.append(InodeChanged(ino, old, new, origin))
 
-    def _apply_dentry(
-        self, parent: InodeNumber, name: bytes, event: Event, origin: str, changes: list[Change]
-    ) -> None:
-        entries = self.children.setdefault(parent, {})
-        old = entries.pop(name, None)
-        if old is not None:
-            self._unname(old, parent, name)
-        new = None
-        if event.value is not None:
-            dentry: Dentry = decode_dentry(event.value)
-            new = Child(inode_number(dentry), dentry.kind, event.mod_revision, dentry.base)
-            entries[name] = new
-            self.names.setdefault(new.ino, set()).add((parent, name))
-            if stat.S_ISDIR(new.kind):
-                self._subdirectories[parent] = self._subdirectories.get(parent, 0) + 1
-        if not entries:
-            del self.children[parent]
-        before, after = old.ino if old else None, new.ino if new else None
-        changes.append(NameChanged(parent, name, before, after, origin))
-
-    def _unname(self, old: Child, parent: InodeNumber, name: bytes) -> None:
-        names = self.names[old.ino]
-        names.discard((parent, name))
-        if not names:
-            del self.names[old.ino]
-        if stat.S_ISDIR(old.kind):
-            self._subdirectories[parent] -= 1
-            if not self._subdirectories[parent]:
-                del self._subdirectories[parent]
+    def _put_name(self, name: Name, new: Child | None, origin: str, changes: list[Change]) -> None:
+        old = self.put_name(name, new)
+        changes.append(NameChanged(*name, old, new.ino if new else None, origin))
 
     def _apply_node(self, node: NodeId, event: Event, changes: list[Change]) -> None:
         if event.value is None:
@@ -350,21 +299,28 @@ class Mirror:
             self.nodes[node] = record
             changes.append(NodeChanged(node, record))
 
-    def _apply_map(self, value: bytes, changes: list[Change]) -> None:
+    def _apply_map(self, epoch: Epoch, value: bytes | None, changes: list[Change]) -> None:
+        if value is None:
+            return  # nobody deletes a map; chunks that it has placed are found by it
         placement = decode_map(value)
-        self.maps[placement.epoch] = placement
-        if self.latest_map is None or placement.epoch > self.latest_map.epoch:
+        if placement.epoch != epoch:
+            raise ProtocolError(f"a placement map of epoch {placement.epoch}")
+        self.maps[epoch] = placement
+        if self.latest_map is None or epoch > self.latest_map.epoch:
             self.latest_map = placement
-            changes.append(MapChanged(placement.epoch))
+            changes.append(MapChanged(epoch))
 
     def _apply_pin(
         self, node: NodeId, manifest: bytes, event: Event, changes: list[Change]
     ) -> None:
+        pin = decode_pin(event.value) if event.value is not None else None
+        if pin is not None and pin.manifest.id != manifest:
+            raise ProtocolError("a pin on another manifest")
         pins = self.pins.setdefault(node, {})
-        if event.value is None:
+        if pin is None:
             pins.pop(manifest, None)
         else:
-            pins[manifest] = decode_pin(event.value)
+            pins[manifest] = pin
         if not pins:
             del self.pins[node]
         changes.append(PinChanged(node, manifest))
@@ -382,15 +338,28 @@ class Mirror:
             yield from (keys.pin(node, manifest) for manifest in list(pins))
         yield from list(self.history.keys())
         yield from list(self._others)
+        yield from list(self.unreadable)
 
     def _is_known(self, event: Event) -> bool:
         """Whether an inode or name is already here at this very revision."""
         row: Row | Child | None = None
-        if event.key.startswith(keys.INODE_PREFIX):
-            row = self._inodes.get(keys.ino_of(event.key, keys.INODE_PREFIX))
-        elif event.key.startswith(keys.DENTRY_PREFIX):
-            row = self.child(*keys.split_dentry(event.key))
+        if event.key in self.unreadable:
+            return self.unreadable[event.key][1] == event.mod_revision
+        try:
+            if event.key.startswith(keys.INODE_PREFIX):
+                row = self._inodes.get(keys.ino_of(event.key, keys.INODE_PREFIX))
+            elif event.key.startswith(keys.DENTRY_PREFIX):
+                row = self.child(*keys.split_dentry(event.key))
+        except ProtocolError:
+            return False
         return row is not None and row.mod_revision == event.mod_revision
+
+
+def _child_of(event: Event) -> Child | None:
+    if event.value is None:
+        return None
+    dentry: Dentry = decode_dentry(event.value)
+    return Child(inode_number(dentry), dentry.kind, event.mod_revision, dentry.base)
 
 
 def _set(table: dict, key: object, event: Event) -> None:  # type: ignore[type-arg]

@@ -35,12 +35,11 @@ import numpy.typing as npt
 import xxhash
 
 from modelfs.errors import ProtocolError
-from modelfs.ids import ChunkId, Epoch, NodeId, is_node_id
+from modelfs.ids import LABEL_BYTES_MAX, ChunkId, Epoch, NodeId, is_label, is_node_id
 from modelfs.limits import RECORD_BYTES_MAX
 
 FORMAT = 1
 MEMBERS_MAX = 1024  # a map is one etcd record, and every node watches every other
-LABEL_BYTES_MAX = 64  # of a name or a zone; Linux's HOST_NAME_MAX
 WEIGHT_MAX = 1e9  # an EiB in GiB
 EPOCH_MAX = 1 << 53
 
@@ -215,13 +214,8 @@ def decode_map(record: bytes) -> PlacementMap:
             raise ValueError(f"format {version} is unknown")
         members = tuple(Member(NodeId(id), name, weight, zone) for id, name, weight, zone in rows)
         return PlacementMap(Epoch(epoch), members)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"not a placement map: {error}") from error
-
-
-def is_label(text: str) -> bool:
-    """Whether `text` can be a member's name or zone: printable, and of bounded length."""
-    return text.isprintable() and len(text.encode()) <= LABEL_BYTES_MAX
 
 
 _RECORD = msgspec.msgpack.Decoder(tuple[int, int, list[tuple[str, str, float, str]]])

@@ -8,7 +8,6 @@ file remembers them in its record, where its replicas can be set as well.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from modelfs import keys
 from modelfs.errors import UserError
 from modelfs.history import Retained
 from modelfs.ids import InodeNumber, NodeId
-from modelfs.inode import Inode, Policy, encode
+from modelfs.inode import Inode, Policy, encode, is_chunk_bytes, is_retention
 from modelfs.limits import (
     CHUNK_BYTES_DEFAULT,
     CHUNK_BYTES_MAX,
@@ -50,11 +49,9 @@ def check_policy(policy: Policy) -> Policy:
     )
     if replicas is not None and not 1 <= replicas <= REPLICAS_MAX:
         raise UserError(f"{replicas} replicas: 1 to {REPLICAS_MAX} are possible")
-    if retain_seconds is not None and not (math.isfinite(retain_seconds) and retain_seconds >= 0):
+    if retain_seconds is not None and not is_retention(retain_seconds):
         raise UserError(f"{retain_seconds} is not a retention in seconds")
-    if chunk_bytes is not None and not (
-        CHUNK_BYTES_MIN <= chunk_bytes <= CHUNK_BYTES_MAX and chunk_bytes & (chunk_bytes - 1) == 0
-    ):
+    if chunk_bytes is not None and not is_chunk_bytes(chunk_bytes):
         raise UserError(
             f"{chunk_bytes:,} bytes is not a chunk size: a power of two from "
             f"{CHUNK_BYTES_MIN // KIB} KiB to {CHUNK_BYTES_MAX // MIB} MiB"
@@ -64,12 +61,10 @@ def check_policy(policy: Policy) -> Policy:
 
 def policies_above(mirror: Mirror, ino: InodeNumber) -> Iterator[tuple[InodeNumber, Policy]]:
     """The policies that count for a directory, the nearest first: its own, then those above."""
-    current: InodeNumber | None = ino
-    while current is not None:
+    for current in mirror.upwards(ino):
         record = mirror.inode(current)
         if record is not None and record.policy is not None:
             yield current, record.policy
-        current = mirror.parent_of(current)
 
 
 def rules_of(mirror: Mirror, directory: InodeNumber, defaults: Rules) -> Rules:

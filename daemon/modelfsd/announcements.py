@@ -19,8 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from modelfs.errors import ProtocolError
-from modelfs.ids import ClusterId, NodeId, is_node_id
-from modelfs.placement import is_label
+from modelfs.ids import ClusterId, NodeId, is_label, is_node_id
 
 SERVICE = "_modelfs._tcp.local."
 PROTOCOL_VERSION = 1

@@ -38,6 +38,7 @@ ERRNO: dict[type[ModelfsError], int] = {
     errors.MetadataOutOfReach: errno.EROFS,
     errors.MetadataUncertain: errno.EIO,
     errors.HistoryCompacted: errno.EIO,
+    errors.RecordUnreadable: errno.EIO,
     errors.WriteLost: errno.EIO,
     errors.ProtocolError: errno.EIO,
 }

@@ -29,12 +29,14 @@ from modelfs.errors import (
     HistoryCompacted,
     MetadataOutOfReach,
     MetadataUnavailable,
+    RecordUnreadable,
     UserError,
 )
 from modelfs.ids import Revision
 from modelfs.limits import ETCD_REQUEST_SECONDS
-from modelfs.mirror import Change, Mirror
+from modelfs.mirror import BecameUnreadable, Change, Mirror
 from modelfs.ports import MetadataStore, WatchBatch
+from modelfsd.logs import RateLimited
 from modelfsd.replica_file import ReplicaFile
 from modelfsd.stages import timed
 
@@ -69,6 +71,7 @@ class Feed:
             FILE_BATCHES_MAX
         )
         self.resyncs = 0
+        self._quiet = RateLimited(log)
 
     def listen(self, listener: Listener) -> None:
         """Call `listener` with every list of changes, right after they have been applied."""
@@ -155,6 +158,11 @@ class Feed:
         await trio.to_thread.run_sync(self._replica.replace, revision, rows)
 
     def _announce(self, changes: list[Change]) -> None:
+        for change in changes:
+            if isinstance(change, BecameUnreadable):
+                family = change.key.partition(b"/")[0]
+                error = RecordUnreadable(change.key, change.reason)
+                self._quiet.error(family, "%s; all else is served as before", error)
         if changes:
             for listener in self._listeners:
                 listener(changes)

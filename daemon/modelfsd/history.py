@@ -16,6 +16,7 @@ import shlex
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from typing import Any
 from msgspec.structs import replace
 
 from modelfs import changes, keys
-from modelfs.errors import MetadataUnavailable, NoSuchEntry, UserError, WriteLost, WriterElsewhere
+from modelfs.errors import (
+    MetadataUnavailable,
+    NoSuchEntry,
+    ProtocolError,
+    UserError,
+    WriteLost,
+    WriterElsewhere,
+)
 from modelfs.history import Retained, decode_retained
 from modelfs.ids import ROOT_INODE, InodeNumber, NodeId, Revision
 from modelfs.inode import Inode
@@ -150,7 +158,11 @@ class History:
     async def _entries(self, parent: InodeNumber, name: bytes) -> list[tuple[int, Retained]]:
         """What is retained of a name, by number."""
         _, rows = await self._store.load(keys.history_of(parent, name))
-        return [(keys.split_history(row.key)[2], decode_retained(row.value)) for row in rows]
+        entries = []
+        for row in rows:
+            with suppress(ProtocolError):  # `status` and the log name it
+                entries.append((keys.split_history(row.key)[2], decode_retained(row.value)))
+        return entries
 
     async def _locate(self, names: list[bytes]) -> _Place:
         """Where a name is, or was: through living directories and, where one is gone, history."""

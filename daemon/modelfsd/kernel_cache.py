@@ -85,7 +85,9 @@ class KernelCache:
         inode = self.inodes.current(change.ino)
         if inode is None:
             return
-        if change.new is None:
+        if change.new is None and self._mirror.is_unreadable(change.ino):
+            self._hide(inode)
+        elif change.new is None:
             self.inodes.retire(inode)
         elif self._namespace.is_own(change.origin) and not self._is_foreign_commit(inode, change):
             inode.record = change.new
@@ -94,6 +96,15 @@ class KernelCache:
         else:
             inode.record = change.new
             self._notifier.forget_attributes(inode.id)
+
+    def _hide(self, inode: KernelInode) -> None:
+        """The record cannot be read now: who has it open keeps what he has, others must ask."""
+        if inode.record.is_file:
+            self.retire(inode)
+            return
+        for parent, name in self._mirror.names.get(inode.ino, ()):
+            self._forget_name(parent, name, inode.ino)
+        self._notifier.forget_attributes(inode.id)
 
     def _on_older_directory(self, change: InodeChanged) -> None:
         """The older kernel inodes of a directory show it as it is now, unlike those of a file."""

@@ -19,7 +19,13 @@ import trio
 
 from modelfs import __version__, keys
 from modelfs.changes import Plan
-from modelfs.errors import MetadataUnavailable, MetadataUncertain, PeerUnavailable, UserError
+from modelfs.errors import (
+    MetadataUnavailable,
+    MetadataUncertain,
+    PeerUnavailable,
+    ProtocolError,
+    UserError,
+)
 from modelfs.ids import Epoch, NodeId, Revision
 from modelfs.inode import NodeRecord, decode_node, encode
 from modelfs.limits import GIB, NODE_LEASE_SECONDS
@@ -126,7 +132,11 @@ class Membership:
         row = await self._store.get(keys.node(self._myself.node))
         if row is None:
             return
-        other = decode_node(row.value)
+        try:
+            other = decode_node(row.value)
+        except ProtocolError as error:
+            log.warning("this node's own record was damaged, and is put anew: %s", error)
+            return
         if (other.host, other.port) == (self._myself.host, self._myself.port):
             return
         try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,6 +31,7 @@ from modelfs.errors import (
     MetadataUncertain,
     NamespaceError,
     NoSuchEntry,
+    RecordUnreadable,
 )
 from modelfs.ids import InodeNumber, NodeId, Revision
 from modelfs.inode import Inode
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 CONFLICTS_MAX = 100  # attempts at one change; each failure means that somebody else succeeded
 RETRY_SECONDS = 0.2  # between attempts to get an answer
 SETTLE_SECONDS = 15.0  # to find out what became of an unanswered transaction
+
+_COUNTER = re.compile(rb"[0-9]{1,8}")
 
 Result = TypeVar("Result")
 
@@ -172,21 +176,28 @@ class Namespace:
 
     async def new_inode_number(self) -> InodeNumber:
         """A number that no inode ever had. Taken from etcd in blocks of 65,536."""
-        number = next(self._free_inodes, None)
-        if number is None:
-            async with self._taking_inodes:
-                number = next(self._free_inodes, None)
-                if number is None:
-                    block: range = await self.change(self._take_block)
-                    self._free_inodes = iter(block)
-                    number = next(self._free_inodes)
-        return InodeNumber(number)
+        while True:
+            number = next(self._free_inodes, None)
+            if number is None:
+                async with self._taking_inodes:
+                    number = next(self._free_inodes, None)
+                    if number is None:
+                        block: range = await self.change(self._take_block)
+                        self._free_inodes = iter(block)
+                        number = next(self._free_inodes)
+            if self.mirror.inode_row(InodeNumber(number)) is None:
+                return InodeNumber(number)
+            # Somebody has set the counter back. Then the rest of the block is not ours either.
+            self._free_inodes = iter(range(0))
 
     @staticmethod
     def _take_block(mirror: Mirror) -> Plan[range]:
         row = mirror.other(keys.INODES)
+        if row is not None and not _COUNTER.fullmatch(row.value):
+            raise RecordUnreadable(keys.INODES, "it is not a number of blocks")
         block = int(row.value) + 1 if row else 1
-        assert (block + 1) * INODE_BLOCK <= 1 << INODE_BITS, "16 million starts of daemons"
+        if (block + 1) * INODE_BLOCK > 1 << INODE_BITS:
+            raise RecordUnreadable(keys.INODES, f"{block} blocks, more than there are")
         guard = Compare(keys.INODES, Target.MOD, row.mod_revision if row else Revision(0))
         txn = Txn((guard,), (Put(keys.INODES, b"%d" % block),))
         return Plan(txn, range(block * INODE_BLOCK, (block + 1) * INODE_BLOCK))

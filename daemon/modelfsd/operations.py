@@ -13,7 +13,6 @@ import stat
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -31,8 +30,9 @@ from modelfsd.errnos import errno_of
 from modelfsd.files import Files
 from modelfsd.kernel_inodes import KernelInode, KernelInodes
 from modelfsd.logs import RateLimited
+from modelfsd.operations_listing import Listing, bare_name
 from modelfsd.stages import Histogram
-from modelfsd.tree import Caller, DirectoryEntry, NewInode, Tree
+from modelfsd.tree import Caller, NewInode, Tree
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +81,6 @@ def _caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, ctx.pid)
 
 
-@dataclass(slots=True)
-class _Listing:
-    """An open directory; its entries are those at the first readdir, or the last rewinddir."""
-
-    directory: KernelInode
-    entries: list[DirectoryEntry] | None = None
-
-
 class Operations(pyfuse3.Operations):
     """What pyfuse3 calls. `space` answers statfs; `has_xattrs` is `-o xattr`."""
 
@@ -112,7 +104,7 @@ class Operations(pyfuse3.Operations):
         self._mirror, self._inodes, self._tree, self._files = mirror, inodes, tree, files
         self._space, self._has_xattrs = space, has_xattrs
         self._access_times = access_times
-        self._listings: dict[int, _Listing] = {}
+        self._listings: dict[int, Listing] = {}
         self._last_listing = 0
 
     # ------------------------------------------------------------ attributes
@@ -278,7 +270,7 @@ class Operations(pyfuse3.Operations):
         directory = self._inodes[inode]
         await self._tree.open_directory(directory)
         self._last_listing += 1
-        self._listings[self._last_listing] = _Listing(directory)
+        self._listings[self._last_listing] = Listing(directory)
         return self._last_listing
 
     @answers
@@ -292,11 +284,11 @@ class Operations(pyfuse3.Operations):
             entries = listing.entries = self._tree.list_directory(listing.directory)
         self._access_times.note(listing.directory)
         for position, entry, inode in self._tree.entries_from(listing.directory, entries, start_id):
-            attributes = self._attributes(inode)
+            attributes = self._attributes(inode) if inode is not None else bare_name()
             is_taken = pyfuse3.readdir_reply(token, entry.name, attributes, position + 1)
-            if is_taken and entry.name not in (b".", b".."):
+            if inode is not None and is_taken and entry.name not in (b".", b".."):
                 inode.lookups += 1
-            else:
+            elif inode is not None:
                 self._inodes.drop_if_unused(inode)
             if not is_taken:
                 return

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 import trio
 
 from modelfs import keys
-from modelfs.errors import ModelfsError, ProtocolError
+from modelfs.errors import ModelfsError, ProtocolError, RecordUnreadable
 from modelfs.history import Retained, decode_retained
 from modelfs.ids import InodeNumber
 from modelfs.inode import Pin, decode_pin, encode
@@ -36,6 +36,7 @@ from modelfs.policy import NANOSECONDS, GoneDirectories, expires_ns
 from modelfs.ports import Compare, Delete, KeyValue, MetadataStore, Target, Txn
 from modelfsd.logs import RateLimited
 from modelfsd.namespace import Namespace
+from modelfsd.survey import Survey
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +99,8 @@ class Retention:
             page = await self._page_after([])
             while page:
                 for row in page:
-                    if (entry := self._decoded(row)) is not None:
-                        gone.add(keys.split_history(row.key)[0], entry)
+                    if (found := self._decoded(row)) is not None:
+                        gone.add(*found)
                 page = await self._page_after(page)
         page = await self._page_after([])
         while page:
@@ -113,27 +114,30 @@ class Retention:
         after = page[-1].key if page else b""
         return await self._store.page(keys.HISTORY_PREFIX, after, PAGE_ENTRIES)
 
-    def _decoded(self, row: KeyValue) -> Retained | None:
-        """An entry; None, and a complaint, if it is damaged: then it is kept."""
+    def _decoded(self, row: KeyValue) -> tuple[InodeNumber, Retained] | None:
+        """An entry and its directory; None, and a complaint, if it is damaged: then it is kept."""
         try:
-            return decode_retained(row.value)
+            return keys.split_history(row.key)[0], decode_retained(row.value)
         except ProtocolError as error:
             self._quiet.error("damaged", "the history entry %r is damaged: %s", row.key, error)
             return None
 
     def _is_expired(self, row: KeyValue, gone: GoneDirectories, now_ns: int) -> bool:
-        entry = self._decoded(row)
-        if entry is None:
+        found = self._decoded(row)
+        if found is None:
             return False
-        parent, _, _ = keys.split_history(row.key)
-        ends_ns = expires_ns(self._mirror, parent, entry, gone, self._namespace.defaults)
+        parent, entry = found
+        try:
+            ends_ns = expires_ns(self._mirror, parent, entry, gone, self._namespace.defaults)
+        except RecordUnreadable:
+            return False  # which policy holds is not known
         self._note((ends_ns - entry.superseded_ns) / NANOSECONDS)
         return ends_ns <= now_ns and not self._leads_to_others(entry)
 
     def _leads_to_others(self, entry: Retained) -> bool:
         """Whether this is a directory that is gone, and below which something is retained."""
         ino = InodeNumber(entry.ino)
-        is_gone = entry.record.is_directory and self._mirror.inode(ino) is None
+        is_gone = entry.record.is_directory and self._mirror.inode_row(ino) is None
         return is_gone and bool(self._mirror.history.names(ino))
 
     async def _delete(self, rows: list[KeyValue]) -> None:
@@ -142,16 +146,21 @@ class Retention:
         if await self._namespace.attempt(txn, by_kernel=False):
             self.expired += len(rows)
 
-    async def retained(self) -> Iterable[Pin]:
+    async def retained(self, survey: Survey) -> Iterable[Pin]:
         """The manifests of all retained versions, for reclaim. Raises what kept it from being sure.
 
-        To be called after the current versions have been read from a mirror that was made fresh.
+        An entry that cannot be read is what the survey must miss: it may name a manifest. To be
+        called after the current versions have been read from a mirror that was made fresh.
         """
         packed: set[bytes] = set()  # some 200 bytes for each manifest
         page = await self._page_after([])
         while page:
             for row in page:
-                record = decode_retained(row.value).record
+                try:
+                    record = decode_retained(row.value).record
+                except ProtocolError as error:
+                    survey.miss(str(RecordUnreadable(row.key, str(error))))
+                    continue
                 if record.manifest is not None:
                     packed.add(encode(Pin(record.manifest, record.replicas)))
             page = await self._page_after(page)

@@ -32,6 +32,7 @@ from modelfsd.etcd_join import UNAVAILABLE
 from modelfsd.etcd_member import EtcdMember
 from modelfsd.etcd_restart import restart_in_turn
 from modelfsd.etcd_tls import EtcdTls
+from modelfsd.logs import RateLimited
 from modelfsd.peer_client import PeerClient
 from modelfsd.peer_server import PeerServer
 from modelfsd.pki import Authority, Certificate
@@ -69,6 +70,7 @@ class Security:
         self._mirror, self._server, self._peers = mirror, server, peers
         self._news = trio.Event()
         self._is_restart_due = False
+        self._quiet = RateLimited(log, 600.0)
         self.refuse_removed()
 
     def on_changes(self, changes: list[Change]) -> None:
@@ -98,6 +100,8 @@ class Security:
             except UNAVAILABLE as error:
                 log.warning("what the cluster decided on its keys waits for etcd: %s", error)
                 pause_seconds = RETRY_SECONDS
+            except ProtocolError as error:
+                self._quiet.error("trust", "the keys stay as they are: %s", error)
             with trio.move_on_after(pause_seconds):
                 await self._news.wait()
 

@@ -62,6 +62,8 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [facts, _nodes_table(status.get("nodes") or [])]
     if limits := status.get("limits"):
         facts.add_row("limits", "; ".join(map(_said, limits)))
+    for record in status.get("unreadable_records") or []:
+        facts.add_row("unreadable", f"{_said(record.get('key'))}: {_said(record.get('reason'))}")
     parts += [Text(f"warning: {warning}", style="yellow") for warning in status.get("warnings", [])]
     return Group(*parts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from modelfsd.namespace import Namespace
 FILES_COUNTED_MAX = 10_000  # whose replicas `status` counts; beyond that it says "not counted"
 DB_QUOTA_BYTES = 8 << 30  # as given to the embedded etcd
 ETCD_SECONDS = 2.0
+UNREADABLE_SHOWN_MAX = 20
 
 TYPES = {
     stat.S_IFREG: "file",
@@ -86,6 +87,12 @@ class Status:
             "chunks_under_replicated": under_replicated,
             "upkeep": self._upkeep(),
             "limits": self._limits(),
+            "unreadable_records": [
+                {"key": key.decode(errors="backslashreplace"), "reason": reason}
+                for key, (reason, _) in islice(
+                    self._mirror.unreadable.items(), UNREADABLE_SHOWN_MAX
+                )
+            ],
             "warnings": [*self._warnings(), *self._judge(nodes, members, under_replicated, etcd)],
         }
 
@@ -195,6 +202,11 @@ class Status:
                 f"etcd holds {etcd_bytes * 100 // DB_QUOTA_BYTES} % of what it may: remove files, "
                 "or keep fewer versions (modelfs policy / --retain), before nothing can be made"
             )
+        if self._mirror.unreadable:
+            warnings.append(
+                f"{len(self._mirror.unreadable)} records in etcd cannot be read: what they are "
+                "about answers EIO, and no space is given back until they are restored or deleted"
+            )
         if under_replicated:
             warnings.append(f"{under_replicated} chunks have too few copies on living nodes")
         return warnings
@@ -207,7 +219,7 @@ class Status:
             return None
         wanted: dict[ChunkId, int] = {}
         for ino in self._mirror.inode_numbers():
-            record = self._mirror.inode(ino)
+            record = self._mirror.readable_inode(ino)
             if record is None or record.manifest is None:
                 continue
             try:

@@ -7,7 +7,8 @@ fresh, and marks what all those manifests name: roots, pages and chunks.
 What a manifest names never changes, so it is kept between surveys, at 12 bytes for each chunk and
 about 300 for each manifest, up to `CACHE_BYTES_MAX`; beyond that manifests are read again each
 time. A survey is *complete* if every manifest could be read. Nothing may be deleted after one that
-is not: whatever the missing manifest names would look unneeded.
+is not: whatever the missing manifest names would look unneeded. The same holds if etcd has a record
+that cannot be read and may name a manifest, or place a chunk.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import trio
 
 from modelfs import keys, manifest
-from modelfs.errors import ModelfsError
+from modelfs.errors import ModelfsError, RecordUnreadable
 from modelfs.holdings import Holdings, References, references_of, references_of_entries
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Pin
@@ -38,9 +39,8 @@ MANIFEST_OVERHEAD_BYTES = 300  # of a small array and its place in a table
 BATCH_MANIFESTS = 256  # between two yields to the other tasks
 READERS = 8
 QUIET_SECONDS = 600.0  # between two complaints
+NEEDED_PREFIXES = (keys.INODE_PREFIX, keys.PIN_PREFIX, keys.HISTORY_PREFIX, keys.MAP_PREFIX)
 MARK_ROWS = 1 << 16  # references that are matched in one go
-
-MorePins = Callable[[], Awaitable[Iterable[Pin]]]  # raises what makes a survey fail
 
 
 @dataclass(slots=True)
@@ -60,6 +60,10 @@ class Survey:
     def is_complete(self) -> bool:
         """Whether an unmarked chunk is surely unneeded."""
         return not self.unreadable
+
+
+# Further manifests that matter. Raises what makes the survey fail; tells it what it must miss.
+MorePins = Callable[[Survey], Awaitable[Iterable[Pin]]]
 
 
 class Surveyor:
@@ -85,6 +89,7 @@ class Surveyor:
             if reason := _why_not_trusted(self._feed.mirror):
                 survey.miss(reason)
                 return self._told(survey)
+            _miss_unreadable(self._feed.mirror, survey)
             self._known = await self._mark_all(survey)
             return self._told(survey)
 
@@ -100,7 +105,7 @@ class Surveyor:
         waiting = _Marks(survey.holdings)
         await self._mark(self._pins(), survey, waiting, keeping)
         for more in self._more:  # after the mirror's: what it supersedes meanwhile is there
-            await self._mark(iter(await more()), survey, waiting, keeping)
+            await self._mark(iter(await more(survey)), survey, waiting, keeping)
         await waiting.flush()
         return keeping
 
@@ -209,15 +214,22 @@ class _Marks:
 
 def _pin_of(mirror: Mirror, ino: InodeNumber) -> Pin | None:
     """A current version, as a pin; None if it has no chunks."""
-    record = mirror.inode(ino)
+    record = mirror.readable_inode(ino)
     if record is None or record.manifest is None:
         return None
     return Pin(record.manifest, record.replicas)
 
 
+def _miss_unreadable(mirror: Mirror, survey: Survey) -> None:
+    """A record that cannot be read may be a version's, or say where chunks are."""
+    for key, (reason, _) in mirror.unreadable.items():
+        if key.startswith(NEEDED_PREFIXES):
+            survey.miss(str(RecordUnreadable(key, reason)))
+
+
 def _why_not_trusted(mirror: Mirror) -> str:
     """A namespace without a root, or of no cluster, is an accident of etcd's and not an order."""
-    if mirror.inode(ROOT_INODE) is None:
+    if mirror.inode_row(ROOT_INODE) is None:
         return "the namespace has no root directory"
     if mirror.other(keys.CLUSTER) is None:
         return "etcd does not know the cluster any more"

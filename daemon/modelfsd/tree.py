@@ -91,8 +91,10 @@ class Tree:
 
     def entries_from(
         self, directory: KernelInode, entries: list[DirectoryEntry], start: int
-    ) -> Iterator[tuple[int, DirectoryEntry, KernelInode]]:
+    ) -> Iterator[tuple[int, DirectoryEntry, KernelInode | None]]:
         """(position, entry, inode) from `start` on, without counting lookups.
+
+        The inode is None where its record cannot be read: the name is there all the same.
 
         The kernel takes each entry as a lookup of its name. So a name is shown with what it means
         now, not when the directory was opened, and one that is gone by now is left out.
@@ -104,6 +106,9 @@ class Tree:
                 if child is None:
                     continue
                 entry = DirectoryEntry(entry.name, child.ino)
+            if self._mirror.is_unreadable(entry.ino):
+                yield position, entry, None
+                continue
             record = self._mirror.inode(entry.ino)
             if record is not None:
                 shown = self._cache.inodes.show_in(directory, entry.ino, record)

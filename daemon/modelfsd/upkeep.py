@@ -32,7 +32,7 @@ from modelfsd.namespace import Namespace
 from modelfsd.pins import PinKeeper
 from modelfsd.renewal import Renewal
 from modelfsd.replicator import Replicator
-from modelfsd.survey import MorePins, Surveyor
+from modelfsd.survey import MorePins, Survey, Surveyor
 from modelfsd.sweeping import Sweep, Sweeper
 from modelfsd.units import format_size
 from modelfsd.working_copy import WorkingCopy
@@ -107,7 +107,7 @@ class Upkeep:
         self._quiet = RateLimited(log, 600.0)
         self.healer.note_nodes()
 
-    async def _open_here(self) -> Iterable[Pin]:
+    async def _open_here(self, survey: Survey) -> Iterable[Pin]:
         return self.pins.wanted().values()
 
     def statistics(self) -> UpkeepStatistics:

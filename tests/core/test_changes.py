@@ -25,6 +25,7 @@ from modelfs.changes import Claim, Plan
 from modelfs.errors import EntryExists, ModelfsError, NamespaceError, NoSuchEntry, WriteLost
 from modelfs.ids import ROOT_INODE, InodeNumber, NodeId, Revision
 from modelfs.inode import Inode, encode
+from modelfs.limits import INLINE_BYTES_MAX
 from modelfs.mirror import Mirror
 from modelfs.ports import Put
 from tests.core.posix_tree import History, PosixTree
@@ -243,7 +244,7 @@ class Namespace(RuleBasedStateMachine):
             node.writing.setdefault(ino, (lease[1], record.version))
 
     @precondition(lambda self: any(node.writing for node in self.nodes))
-    @rule(n=node_picks, pick=picks, size=st.integers(0, 10**6), again=st.booleans())
+    @rule(n=node_picks, pick=picks, size=st.integers(0, INLINE_BYTES_MAX), again=st.booleans())
     def commit(self, n: int, pick: int, size: int, again: bool) -> None:
         node = self.nodes[n]
         if not node.writing:

@@ -43,7 +43,7 @@ class CountingStore(MemoryMetadataStore):
 
 async def put_name(store: MemoryMetadataStore, name: bytes, ino: int, operation: bytes) -> None:
     key = keys.dentry(InodeNumber(1), name)
-    ops = (Put(key, encode(Dentry(ino, 0o100000))), Put(keys.SEQ, operation))
+    ops = (Put(key, encode(Dentry(2 + ino, 0o100000))), Put(keys.SEQ, operation))
     await store.commit(Txn((), ops))
 
 
@@ -207,14 +207,14 @@ async def test_a_restart_goes_on_from_the_file_also_without_etcd(
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
     feed = Feed(store, replica, NODE)
     async with feed.running():
-        assert names(feed.mirror) == {b"a": 1, b"b": 2}
+        assert names(feed.mirror) == {b"a": 3, b"b": 4}
         await trio.sleep(20)
         assert not feed.is_attached
         store.unavailable = False
         await put_name(store, b"c", 3, b"x")
         await trio.sleep(1)
         await feed.fresh()
-        assert names(feed.mirror) == {b"a": 1, b"b": 2, b"c": 3}
+        assert names(feed.mirror) == {b"a": 3, b"b": 4, b"c": 5}
         assert feed.resyncs == 0
     replica.close()
 

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from modelfs.errors import MetadataUnavailable, UserError
+from modelfs.holdings import Holdings
 from modelfs.limits import KIB
 from modelfs.mirror import Change, InodeChanged
 from modelfsd import history as history_module
 from modelfsd.policies import Policies
+from modelfsd.survey import Survey
 from tests.daemon.history_parts import (
     HOUR_NS,
     history_of,
@@ -154,7 +156,7 @@ async def test_without_etcd_nothing_is_restored_set_or_deleted(tmp_path: Path) -
                 await attempt()
         await retention_of(node).expire(10 * HOUR_NS)
         with pytest.raises(MetadataUnavailable):
-            await retention_of(node).retained()
+            await retention_of(node).retained(Survey(Holdings.of(())))
 
 
 async def test_a_name_that_keeps_changing_is_given_up(

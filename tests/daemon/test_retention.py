@@ -10,14 +10,15 @@ import trio
 import trio.testing
 
 from modelfs import changes, keys
-from modelfs.errors import ProtocolError
 from modelfs.history import decode_retained
+from modelfs.holdings import Holdings
 from modelfs.ids import ROOT_INODE, Revision
 from modelfs.inode import Policy, decode_inode
 from modelfs.limits import KIB
 from modelfs.ports import Put, Txn
 from modelfsd import retention as retention_module
 from modelfsd.policies import Policies
+from modelfsd.survey import Survey
 from tests.daemon.history_parts import (
     HOUR_NS,
     entries,
@@ -90,8 +91,8 @@ async def test_a_damaged_entry_stays_and_stops_reclaim(tmp_path: Path) -> None:
         await cluster.etcd.commit(Txn((), (Put(key, b"\x90"), Put(keys.SEQ, b"x"))))
         await retention_of(node).expire(100 * HOUR_NS)
         assert [row.key for row in await entries(node)] == [key]
-        with pytest.raises(ProtocolError):
-            await retention_of(node).retained()
+        survey = Survey(Holdings.of(()))
+        assert not list(await retention_of(node).retained(survey)) and not survey.is_complete
 
 
 async def test_the_node_with_the_smallest_id_does_it_and_the_next_when_it_is_gone(
@@ -184,7 +185,10 @@ async def test_no_version_is_missed_while_others_supersede_and_delete(
                         seen.add(record.manifest.id)
                     for _ in range(rng.randrange(8)):
                         await trio.lowlevel.checkpoint()
-                seen |= {pin.manifest.id for pin in await retention_of(surveyor).retained()}
+                seen |= {
+                    pin.manifest.id
+                    for pin in await retention_of(surveyor).retained(Survey(Holdings.of(())))
+                }
                 finished.set()
             assert needed <= seen
 

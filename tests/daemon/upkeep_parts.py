@@ -12,6 +12,7 @@ from modelfs import keys
 from modelfs.ids import ChunkId, NodeId
 from modelfs.inode import Pin
 from modelfs.ports import Put, Txn
+from modelfsd.survey import Survey
 from modelfsd.upkeep import Upkeep, UpkeepParts
 from tests.daemon.node_parts import Cluster, Node, cluster_of
 
@@ -41,7 +42,7 @@ class Kept:
         node.feed.listen(upkeep.on_changes)
         return upkeep
 
-    async def _retained(self) -> Iterable[Pin]:
+    async def _retained(self, survey: Survey) -> Iterable[Pin]:
         return self.retained
 
     @property
