@@ -226,6 +226,9 @@ def decode_node(value: bytes) -> NodeRecord:
     for text in (record.host, record.etcd_endpoint, record.software):
         if not text.isprintable():
             raise ProtocolError(f"a record of a node with {text!r}")
+    host, _, port = record.etcd_endpoint.rpartition(":")
+    if record.etcd_endpoint and not (host and port.isascii() and port.isdigit()):
+        raise ProtocolError(f"a node with etcd at {record.etcd_endpoint!r}")
     for seconds in (record.started_at, record.reclaim_grace_seconds):
         if not (math.isfinite(seconds) and seconds >= 0):
             raise ProtocolError(f"a record of a node with a time of {seconds}")

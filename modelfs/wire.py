@@ -47,11 +47,10 @@ from modelfs.errors import ProtocolError
 from modelfs.ids import ChunkId
 from modelfs.limits import CHUNK_BYTES_MAX, FRAME_HEADER_BYTES_MAX, HAS_CHUNKS_MAX, NAME_BYTES_MAX
 
-VERSION_MIN = 1
-VERSION_MAX = 1
-
+VERSION_MIN = VERSION_MAX = 1
 PREFIX = struct.Struct("<4sBBHQII")
 MAGIC = b"mfsP"
+FACTS_MAX = 64  # that INFO tells; and words in each
 
 
 class Kind(IntEnum):
@@ -91,6 +90,7 @@ _Hash = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 _U16 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES_MAX)]
 _Offset = Annotated[int, msgspec.Meta(ge=0, lt=CHUNK_BYTES_MAX)]
+_Checksum = Annotated[int, msgspec.Meta(ge=0)]  # MessagePack has none above 64 bits
 _Name = Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
 _Table = Annotated[bytes, msgspec.Meta(min_length=8, max_length=FRAME_HEADER_BYTES_MAX // 2)]
@@ -122,7 +122,7 @@ class Put(msgspec.Struct, frozen=True, array_like=True):
     """Store a chunk; the payload is its data."""
 
     chunk: _Hash
-    checksum: int
+    checksum: _Checksum
     length: _Size
     table: _Table
 
@@ -142,7 +142,7 @@ class Damage(msgspec.Struct, frozen=True, array_like=True):
     """The copy that this server sent fails verification."""
 
     chunk: _Hash
-    checksum: int
+    checksum: _Checksum
     length: _Size
 
 
@@ -184,9 +184,9 @@ class HasReply(msgspec.Struct, frozen=True, array_like=True):
 
 
 class InfoReply(msgspec.Struct, frozen=True, array_like=True):
-    """What a stranger may know; opaque here."""
+    """What a stranger may know: words, numbers, and lists of words."""
 
-    info: dict[str, Any]
+    info: Annotated[dict[_Name, Any], msgspec.Meta(max_length=FACTS_MAX)]
 
 
 class Working(msgspec.Struct, frozen=True, array_like=True):
@@ -226,8 +226,6 @@ _KINDS = {message: kind for kind, message in _CLASSES.items()}
 _DECODERS = {kind: msgspec.msgpack.Decoder(message) for kind, message in _CLASSES.items()}
 _ENCODER = msgspec.msgpack.Encoder()
 _WITH_PAYLOAD = frozenset({Kind.GET_REPLY, Kind.PUT})
-TEXT_LENGTH_MAX = 4096
-CHECKSUM_MAX = (1 << 64) - 1
 
 assert set(_CLASSES) == set(Kind)
 
@@ -252,7 +250,7 @@ def encode(request: int, message: Message, payload_bytes: int = 0) -> bytes:
 
 def failure(kind: FailureKind, text: str) -> Failure:
     """A failure whose text fits."""
-    return Failure(kind, text[:TEXT_LENGTH_MAX])
+    return Failure(kind, text[:4096])
 
 
 def chunk_ref(message: Put | Damage) -> ChunkRef:
@@ -365,9 +363,8 @@ class FrameReader:
 
 
 def _unpack_prefix(buffer: Buffer) -> tuple[Kind, int, int, int]:
-    magic, number, flags, reserved, request, header_bytes, payload_bytes = PREFIX.unpack_from(
-        buffer
-    )
+    magic, number, flags, reserved, request, *sizes = PREFIX.unpack_from(buffer)
+    header_bytes, payload_bytes = sizes
     if magic != MAGIC or flags or reserved:
         raise ProtocolError("a frame with a bad prefix")
     try:
@@ -386,12 +383,18 @@ def _decode(kind: Kind, header: bytes, payload_bytes: int) -> Message:
         message = _DECODERS[kind].decode(header)
     except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"a malformed {kind.name} header: {error}") from None
-    if isinstance(message, Put | Damage) and not 0 <= message.checksum <= CHECKSUM_MAX:
-        raise ProtocolError(f"a {kind.name} with checksum {message.checksum}")
     if isinstance(message, Put) and payload_bytes != message.length:
         raise ProtocolError(f"a PUT of {message.length} bytes with {payload_bytes} of payload")
     if isinstance(message, GetReply) and not 0 < payload_bytes <= message.length:
         raise ProtocolError(f"a GET_REPLY of {payload_bytes} bytes from {message.length}")
     if isinstance(message, Has) and len(message.chunks) % 32:
         raise ProtocolError(f"a HAS with {len(message.chunks)} bytes of ids")
+    if isinstance(message, InfoReply) and not all(map(_is_fact, message.info.values())):
+        raise ProtocolError("an INFO_REPLY with more than words and numbers")
     return message
+
+
+def _is_fact(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) <= FACTS_MAX and all(isinstance(word, str | bytes) for word in value)
+    return value is None or isinstance(value, bool | int | float | str | bytes)

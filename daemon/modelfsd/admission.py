@@ -23,7 +23,14 @@ from modelfs.ports import Compare, MetadataStore, Put, Target, Txn
 from modelfsd import pki, tokens
 from modelfsd.addresses import HostPort
 from modelfsd.identity import Identity
-from modelfsd.joining import FORMAT, Request, Welcome, decode_request
+from modelfsd.joining import (
+    ENDPOINTS_MAX,
+    FORMAT,
+    REVOKED_MAX,
+    Request,
+    Welcome,
+    decode_request,
+)
 from modelfsd.keyring import KeyRing
 from modelfsd.peer_session import AdmissionFailed
 from modelfsd.pki import Party
@@ -34,7 +41,6 @@ log = logging.getLogger(__name__)
 
 TTL_SECONDS_DEFAULT = 3600.0
 ATTEMPTS_MAX = 20  # of a use, while others use the same token
-ENDPOINTS_MAX = 64
 
 UNAVAILABLE = (MetadataUnavailable, MetadataUncertain)
 
@@ -70,7 +76,7 @@ class Admission:
             "time": time.time(),
             "authorities": [pki.to_der(each) for each in trusted],
         }
-        return {**info, "endpoints": [*self._endpoints()]} if is_member else info
+        return {**info, "endpoints": [*self._endpoints()][:ENDPOINTS_MAX]} if is_member else info
 
     # ------------------------------------------------------------ tokens
 
@@ -175,7 +181,7 @@ class Admission:
             authority=pki.to_der(authority.certificate),
             authority_key=pki.key_to_pem(authority.key),
             trusted=[pki.to_der(each) for each in trusted],
-            revoked=sorted(self._mirror.revoked()),
+            revoked=[*sorted(self._mirror.revoked())[:REVOKED_MAX]],
             endpoints=[*self._endpoints()][:ENDPOINTS_MAX],
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Annotated
 
 import msgspec
 
@@ -11,6 +12,7 @@ from modelfs import keys
 from modelfs.errors import MetadataUncertain, UserError
 from modelfs.ids import ROOT_INODE, Revision
 from modelfs.inode import Inode, encode
+from modelfs.limits import NAME_BYTES_MAX
 from modelfs.ports import Compare, Put, Target, Txn
 from modelfsd.etcd import EtcdStore
 from modelfsd.founding import Claim
@@ -22,8 +24,8 @@ log = logging.getLogger(__name__)
 class ClusterRecord(msgspec.Struct, array_like=True, frozen=True):
     """The cluster's own record."""
 
-    id: str
-    name: str
+    id: Annotated[str, msgspec.Meta(min_length=16, max_length=16)]
+    name: Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
     format: int
     founded_at: float
     data_tls: bool = True  # whether chunks are encrypted on their way
@@ -59,7 +61,7 @@ async def read_record(store: EtcdStore) -> ClusterRecord | None:
         return None
     try:
         record = msgspec.msgpack.decode(row.value, type=ClusterRecord)
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise UserError(
             f"what etcd holds of a cluster is not a record of this version ({error}): install "
             "the version of the other nodes, or give another etcd"

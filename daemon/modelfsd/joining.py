@@ -40,6 +40,8 @@ WAIT_SECONDS = 0.2
 ANSWER_SECONDS = 15.0  # of one member, its etcd's answer included
 CLOCK_SKEW_SECONDS_MAX = 300.0
 AUTHORITIES_MAX = 8
+REVOKED_MAX = 1024  # removed nodes that a letter names, 18 KiB; etcd tells a member of all
+ENDPOINTS_MAX = 64  # of etcd, that one node tells another
 # X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED.
 _VERIFY_TIMES = (9, 10)
 
@@ -75,8 +77,10 @@ class Welcome(msgspec.Struct, array_like=True, frozen=True):
     authority: _Der
     authority_key: Annotated[bytes, msgspec.Meta(max_length=4096)]
     trusted: Annotated[list[_Der], msgspec.Meta(max_length=AUTHORITIES_MAX)]
-    revoked: list[Annotated[str, msgspec.Meta(max_length=16)]]
-    endpoints: Annotated[list[_Text], msgspec.Meta(max_length=64)]
+    revoked: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=16)]], msgspec.Meta(max_length=REVOKED_MAX)
+    ]
+    endpoints: Annotated[list[_Text], msgspec.Meta(max_length=ENDPOINTS_MAX)]
 
     def __repr__(self) -> str:
         return f"Welcome(to {self.cluster})"

@@ -42,6 +42,7 @@ from modelfsd.feed import Feed, load_namespace
 from modelfsd.files import Files, settle
 from modelfsd.group_commit import GroupCommit
 from modelfsd.history import History
+from modelfsd.joining import ENDPOINTS_MAX
 from modelfsd.kernel_cache import KernelCache
 from modelfsd.kernel_inodes import KernelInodes
 from modelfsd.leases import Leases
@@ -285,6 +286,9 @@ class Node:
                 endpoint = change.record.etcd_endpoint
                 if endpoint and endpoint not in known:
                     known.append(endpoint)
+        if len(known) > ENDPOINTS_MAX:  # only of those that live
+            alive = (record.etcd_endpoint for record in self._feed.mirror.nodes.values())
+            known = list(dict.fromkeys(filter(None, alive)))[:ENDPOINTS_MAX] or known[:1]
         if known != list(self._store.endpoints):
             self._store.set_endpoints(known)
             self._identity = self._identity.knowing(tuple(known))

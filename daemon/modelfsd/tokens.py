@@ -18,6 +18,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import math
 import secrets
 import sys
 from pathlib import Path
@@ -42,6 +43,9 @@ TTL_SECONDS_MAX = 30 * 86400.0
 KEPT_SECONDS = 86400  # how long a record outlives its token
 
 
+_Hash = Annotated[bytes, msgspec.Meta(min_length=1, max_length=64)]
+
+
 class Token(msgspec.Struct, array_like=True, frozen=True):
     """What a token says. Never shown: its `repr` leaves the secret out."""
 
@@ -62,10 +66,12 @@ class Token(msgspec.Struct, array_like=True, frozen=True):
 class TokenRecord(msgspec.Struct, array_like=True, frozen=True):
     """What the cluster knows of a token."""
 
-    secret_hash: bytes
+    secret_hash: _Hash
     expires_at: float
-    uses_left: int
-    used_by: list[bytes]  # the hashes of the keys that it let in
+    uses_left: Annotated[int, msgspec.Meta(ge=0, le=USES_MAX)]
+    used_by: Annotated[
+        list[_Hash], msgspec.Meta(max_length=USES_MAX)
+    ]  # the hashes of the keys that it let in
 
 
 def new_token(
@@ -158,9 +164,12 @@ class TokenRefused(ProtocolError):
 def decode_record(value: bytes) -> TokenRecord:
     """Raises `ProtocolError` if the record is damaged."""
     try:
-        return msgspec.msgpack.decode(value, type=TokenRecord)
+        record = msgspec.msgpack.decode(value, type=TokenRecord)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"a damaged record of a token: {error}") from None
+    if not math.isfinite(record.expires_at):
+        raise ProtocolError("a damaged record of a token: it never expires")
+    return record
 
 
 def use(record: TokenRecord | None, secret: bytes, key_hash: bytes, now: float) -> TokenRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import msgspec
 import pytest
@@ -148,6 +149,24 @@ def test_another_protocol_is_recognised_by_its_first_byte() -> None:
 
 def test_deep_nesting_is_refused() -> None:
     header = b"\x91\x81\xa1a" + b"\x91" * 50_000 + b"\x90"
+    reader = FrameReader()
+    reader.receive(wire.PREFIX.pack(wire.MAGIC, Kind.INFO_REPLY, 0, 0, 1, len(header), 0) + header)
+    with pytest.raises(ProtocolError):
+        reader.next_frame()
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        {str(number): 1 for number in range(65)},
+        {"endpoints": ["x"] * 65},
+        {"x" * 300: 1},
+        {"authorities": [["x"]]},
+        {"more": {"deeper": 1}},
+    ],
+)
+def test_what_a_node_tells_is_bounded(info: dict[str, Any]) -> None:
+    header = msgspec.msgpack.encode([info])
     reader = FrameReader()
     reader.receive(wire.PREFIX.pack(wire.MAGIC, Kind.INFO_REPLY, 0, 0, 1, len(header), 0) + header)
     with pytest.raises(ProtocolError):

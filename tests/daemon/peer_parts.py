@@ -5,14 +5,18 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from random import Random
+
+import pytest
 
 from modelfs import wire
 from modelfs.chunk import ChunkRef, describe
 from modelfs.ids import NodeId
 from modelfs.testing.stores import MemoryChunkStore
+from modelfsd import peer_session
 from modelfsd.peer_client import PeerClient
 from modelfsd.peer_server import PeerServer
 from modelfsd.tls import Tls
@@ -59,11 +63,51 @@ class Served:
         client.set_address(SERVER, self.host, self.port)
         return client
 
-    def raw(self, context: ssl.SSLContext | None = None) -> ssl.SSLSocket:
+    def plain(self, source: str = "127.0.0.1") -> socket.socket:
+        """A connection without TLS, from an address of this machine."""
+        address = (self.host, self.port)
+        return socket.create_connection(address, GUARD_SECONDS, source_address=(source, 0))
+
+    def raw(
+        self, context: ssl.SSLContext | None = None, source: str = "127.0.0.1"
+    ) -> ssl.SSLSocket:
         """A connection after the TLS handshake; by default with the client's certificate."""
-        connection = socket.create_connection((self.host, self.port))
-        connection.settimeout(GUARD_SECONDS)
-        return (context or tls_of(CLIENT).client).wrap_socket(connection)
+        # Connected last: wrapping one that has been reset already would leave it open.
+        connection = (context or tls_of(CLIENT).client).wrap_socket(socket.socket())
+        try:
+            connection.settimeout(GUARD_SECONDS)
+            connection.bind((source, 0))
+            connection.connect((self.host, self.port))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def wait_for_connections(self, count: int) -> None:
+        """Wait until so many are left: a thread may take a moment to end."""
+        deadline = time.monotonic() + GUARD_SECONDS
+        while self.server.statistics().connections != count:
+            assert time.monotonic() < deadline, self.server.statistics()
+            time.sleep(0.005)
+
+
+def make_impatient(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.2) -> None:
+    """Let the server's deadlines be short, for clients that will not meet them."""
+    for name in ("HELLO_SECONDS", "FRAME_SECONDS", "STRANGER_SECONDS"):
+        monkeypatch.setattr(peer_session, name, seconds)
+    monkeypatch.setattr(peer_session, "WAIT_SECONDS", seconds / 4)
+
+
+def trickle(connection: socket.socket, data: bytes, pause_seconds: float = 0.05) -> None:
+    """Send a byte whenever nothing was to be read for a moment. Raises OSError at the end."""
+    connection.settimeout(pause_seconds)
+    for position in range(len(data)):
+        connection.sendall(data[position : position + 1])
+        try:
+            if not connection.recv(1):
+                raise ConnectionResetError("the end")
+        except TimeoutError:
+            continue
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 import trio
 
-from modelfs import keys
-from modelfs.errors import PeerRefused, PeerUnavailable, UserError
+from modelfs import keys, wire
+from modelfs.errors import PeerRefused, PeerUnavailable, ProtocolError, UserError
 from modelfs.ids import ClusterId, NodeId
 from modelfs.mirror import Mirror
 from modelfs.ports import Delete, Put, Txn
@@ -253,3 +253,27 @@ async def test_a_token_has_bounds(request_: dict[str, Any]) -> None:
     async with member() as cluster:
         with pytest.raises(UserError, match="a token"):
             await cluster.token(**request_)
+
+
+def a_welcome(**fields: object) -> joining.Welcome:
+    """An answer to JOIN, as large as it may be but for what is given."""
+    largest = joining.Welcome(
+        joining.FORMAT, CLUSTER, "n" * 256, True, b"", b"", b"", bytes(4096),
+        [bytes(700)] * joining.AUTHORITIES_MAX, ["a" * 16] * joining.REVOKED_MAX,
+        ["h" * 64] * joining.ENDPOINTS_MAX,
+    )  # fmt: skip
+    return msgspec.structs.replace(largest, **fields)
+
+
+def test_an_answer_with_every_list_full_fits_a_frame_and_a_longer_one_is_refused() -> None:
+    letter = msgspec.msgpack.encode(a_welcome())
+    assert joining.decode_welcome(letter).revoked == ["a" * 16] * joining.REVOKED_MAX
+    wire.encode(1, wire.JoinReply(letter))
+    for field, limit in (
+        ("revoked", joining.REVOKED_MAX),
+        ("endpoints", joining.ENDPOINTS_MAX),
+        ("trusted", joining.AUTHORITIES_MAX),
+    ):
+        value = [b"x" if field == "trusted" else "x"] * (limit + 1)
+        with pytest.raises(ProtocolError):
+            joining.decode_welcome(msgspec.msgpack.encode(a_welcome(**{field: value})))

@@ -16,7 +16,6 @@ from modelfs.errors import PeerUnavailable
 from modelfs.ids import ClusterId, NodeId
 from modelfs.limits import MIB
 from modelfs.ports import Holding
-from modelfsd import peer_session
 from modelfsd.peer_client import PeerClient
 from modelfsd.pki import Party
 from modelfsd.tls import Tls, stranger_context
@@ -26,6 +25,7 @@ from tests.daemon.peer_parts import (
     SERVER,
     hello,
     make,
+    make_impatient,
     read_frames,
     served,
     wait_for_end,
@@ -49,8 +49,7 @@ def foreign_tls() -> Tls:
 @pytest.mark.parametrize("data", [hello(node=CLIENT), b"GET / HTTP/1.1\r\n\r\n", b"\0" * 100])
 def test_without_tls_nothing_is_answered(data: bytes) -> None:
     with served() as peer:
-        with closing(socket.create_connection((peer.host, peer.port))) as connection:
-            connection.settimeout(GUARD_SECONDS)
+        with closing(peer.plain()) as connection:
             connection.sendall(data)
             heard = b""
             with contextlib.suppress(ConnectionResetError):
@@ -163,11 +162,9 @@ async def test_a_removed_node_is_not_asked_for_anything() -> None:
 
 @pytest.mark.expected_logs("took too long")
 def test_a_handshake_that_is_not_finished_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_session, "HELLO_SECONDS", 0.2)
-    monkeypatch.setattr(peer_session, "WAIT_SECONDS", 0.1)
+    make_impatient(monkeypatch)
     with served() as peer:
-        with closing(socket.create_connection((peer.host, peer.port))) as connection:
-            connection.settimeout(GUARD_SECONDS)
+        with closing(peer.plain()) as connection:
             connection.sendall(b"\x16\x03\x01")
             wait_for_end(connection)
 
@@ -244,7 +241,7 @@ async def test_many_large_chunks_in_both_directions(data_tls: bool) -> None:
 
 @pytest.mark.expected_logs("took too long")
 async def test_a_stranger_who_says_nothing_more_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelfsd.peer_session.STRANGER_SECONDS", 0.2)
+    make_impatient(monkeypatch)
     with served() as peer:
         client = peer.client()
         await client.ping(SERVER)
@@ -255,9 +252,7 @@ async def test_a_stranger_who_says_nothing_more_makes_room(monkeypatch: pytest.M
                 read_frames(stranger, 1)
                 wait_for_end(stranger)
         await client.ping(SERVER)
-        with trio.fail_after(30):  # until the threads of those connections have ended
-            while peer.server.statistics().connections > before:  # noqa: ASYNC110  # threads
-                await trio.sleep(0.01)
+        await trio.to_thread.run_sync(peer.wait_for_connections, before)
         client.close()
 
 
