@@ -10,6 +10,8 @@ from msgspec.structs import replace
 
 from modelfs.inode import Inode
 
+TIME_NS_MIN, TIME_NS_MAX = -(1 << 63), (1 << 63) - 1  # what dirtimes and records hold
+
 
 @dataclass(frozen=True, slots=True)
 class AttributeChange:
@@ -32,6 +34,32 @@ def changed_attributes(record: Inode, change: AttributeChange, now_ns: int) -> I
         if value is not None:
             fields[name] = value
     return replace(record, **fields)
+
+
+def only_repeats(record: Inode, change: AttributeChange) -> bool:
+    """Whether this only repeats the mtime. An explicit chmod or chown must move ctime.
+
+    Of anything but a file the kernel keeps no times, so there it repeats nothing.
+    """
+    if change.permissions is not None or change.uid is not None or change.gid is not None:
+        return False
+    if change.atime_ns is not None or not record.is_file:
+        return change == AttributeChange()
+    return change.mtime_ns is None or change.mtime_ns == record.mtime_ns
+
+
+def permissions_after_write(mode: int) -> int:
+    """The permissions without what a write by others than root takes: the set-id bits.
+
+    Without the group's x the set-group-id bit means something else, and stays.
+    """
+    taken = stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0)
+    return stat.S_IMODE(mode) & ~taken
+
+
+def storable(time_ns: int) -> int:
+    """The nearest time that a record can hold, as Linux has it: 1677 to 2262."""
+    return min(max(time_ns, TIME_NS_MIN), TIME_NS_MAX)
 
 
 def may_open(

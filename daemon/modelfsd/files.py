@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -20,7 +21,13 @@ from dataclasses import dataclass
 
 import trio
 
-from modelfs.attributes import AttributeChange, changed_attributes, may_open
+from modelfs.attributes import (
+    AttributeChange,
+    changed_attributes,
+    may_open,
+    only_repeats,
+    permissions_after_write,
+)
 from modelfs.changes import Claim
 from modelfs.errors import (
     AccessDenied,
@@ -53,7 +60,7 @@ GroupsOf = Callable[[int], Iterable[int]]  # the supplementary groups of a proce
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """An open file. `session` is set if it may be written."""
+    """An open file. `session` is set if it may be written, or was emptied by its open."""
 
     inode: KernelInode
     session: WriteSession | None
@@ -62,6 +69,11 @@ class Handle:
         """The session of a handle that may be written."""
         assert self.session is not None, "the kernel refuses writes to read-only handles"
         return self.session
+
+
+def _is_for_writing(flags: int) -> bool:
+    """Whether an open needs a session: O_TRUNC changes the file also with O_RDONLY."""
+    return flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
 
 
 class Files:
@@ -97,8 +109,7 @@ class Files:
         must_look_again = self._cache.must_look_again(inode)
         await self._namespace.fresh()
         must_look_again = must_look_again or self._cache.must_look_again(inode)
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if not writable:
+        if not _is_for_writing(flags):
             if must_look_again and not has_looked_again:
                 self._sent_opens.send(caller, inode)
             return self._new_handle(inode, None)
@@ -133,6 +144,7 @@ class Files:
                 # writer that dies leaves the old one.
                 session.start_over()
                 await session.truncate(0)
+                await self._clear_set_ids(inode, caller)
         except BaseException as error:
             await session.release()
             if isinstance(error, StaleHandle):
@@ -143,6 +155,13 @@ class Files:
                 self._sent_opens.send(caller, inode)
             raise
         return self._new_handle(inode, session)
+
+    async def _clear_set_ids(self, inode: KernelInode, caller: Caller) -> None:
+        """O_TRUNC takes the set-id bits, as writing does. The kernel leaves this one to us."""
+        record = self._namespace.mirror.inode(inode.ino) or inode.record
+        permissions = permissions_after_write(record.mode)
+        if caller.uid and permissions != stat.S_IMODE(record.mode):
+            await self.set_attributes(inode, AttributeChange(permissions), caller)
 
     def _has_name(self, inode: KernelInode) -> bool:
         """Else it is opened through /proc/self/fd, and nobody will ever see what is written."""
@@ -223,7 +242,7 @@ class Files:
                 raise IsDirectory(name)
             if not record.is_file:
                 raise WriterElsewhere(f"{os.fsdecode(name)} comes and goes")
-            is_writer, groups = access != os.O_RDONLY, {caller.gid, *groups_of(caller.pid)}
+            is_writer, groups = _is_for_writing(flags), {caller.gid, *groups_of(caller.pid)}
             if not may_open(record, caller.uid, groups, access != os.O_WRONLY, is_writer):
                 raise AccessDenied(name)
             if not is_writer:
@@ -340,6 +359,10 @@ class Files:
             session.copy.mtime_ns = change.mtime_ns
             change = AttributeChange(change.permissions, change.uid, change.gid, change.atime_ns)
         if inode.record.is_file and not inode.handles:
+            if not inode.is_current and only_repeats(inode.record, change):
+                # The kernel sends the times of what was just unlinked or replaced. No call waits
+                # for the answer: the next syncfs(2), of anybody, would get the error.
+                return
             self.look_again_once(inode, caller)
         if self._namespace.mirror.inode(inode.ino) is None:
             # Unlinked: nobody can see its attributes but through the handles of this node.

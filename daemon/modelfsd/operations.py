@@ -20,7 +20,7 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields
 
 from modelfs import xattrs
-from modelfs.attributes import AttributeChange
+from modelfs.attributes import AttributeChange, storable
 from modelfs.errors import ModelfsError, NameTooLong, NoSuchEntry
 from modelfs.inode import Inode
 from modelfs.limits import NAME_BYTES_MAX, SYMLINK_BYTES_MAX
@@ -149,7 +149,7 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         target = self._inodes[inode]
-        mtime_ns = attr.st_mtime_ns if fields.update_mtime else None
+        mtime_ns = storable(attr.st_mtime_ns) if fields.update_mtime else None
         if fields.update_size:
             await self._files.truncate(target, attr.st_size, mtime_ns, fh, _caller(ctx))
             mtime_ns = None
@@ -157,7 +157,7 @@ class Operations(pyfuse3.Operations):
             permissions=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            atime_ns=storable(attr.st_atime_ns) if fields.update_atime else None,
             mtime_ns=mtime_ns,
         )
         if change != AttributeChange():

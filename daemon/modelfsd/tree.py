@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from modelfs import changes, xattrs
-from modelfs.attributes import AttributeChange
+from modelfs.attributes import AttributeChange, only_repeats
 from modelfs.changes import Claim
 from modelfs.errors import NoSuchEntry, NotDirectory
 from modelfs.ids import ROOT_INODE, InodeNumber
@@ -189,7 +189,7 @@ class Tree:
         The kernel repeats an mtime after writes, renames and links: those cost nothing here.
         """
         record = self._namespace.require(inode.ino)
-        if self._is_idle(record, change):
+        if only_repeats(record, change):
             return
         await self._namespace.change(
             lambda mirror: changes.set_attributes(
@@ -202,15 +202,3 @@ class Tree:
         await self._namespace.change(
             lambda mirror: xattrs.set_xattr(mirror, inode.ino, name, value, time.time_ns())
         )
-
-    @staticmethod
-    def _is_idle(record: Inode, change: AttributeChange) -> bool:
-        """Whether this only repeats the mtime. An explicit chmod or chown must move ctime.
-
-        Of anything but a file the kernel keeps no times, so there it repeats nothing.
-        """
-        if change.permissions is not None or change.uid is not None or change.gid is not None:
-            return False
-        if change.atime_ns is not None or not record.is_file:
-            return change == AttributeChange()
-        return change.mtime_ns is None or change.mtime_ns == record.mtime_ns

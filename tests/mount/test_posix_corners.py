@@ -1,0 +1,89 @@
+"""Corners of POSIX that are easily missed: calls which the kernel answers in part without us."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tests.mount.mount_parts import Dirs, in_child, wait_until
+
+pytestmark = pytest.mark.fuse
+
+NOBODY = 65534
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def sync_file_system(descriptor: int) -> str:
+    """syncfs(2); returns the name of its error. It reports what went wrong with any inode."""
+    if LIBC.syncfs(descriptor) == 0:
+        return ""
+    return errno.errorcode[ctypes.get_errno()]
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_an_open_for_reading_that_truncates_empties_the_file_for_all(
+    dirs: Dirs, is_cached: bool
+) -> None:
+    here, there = dirs[0] / "file", dirs[1] / "file"
+    here.write_bytes(b"x" * 100_000)
+    if is_cached:
+        assert len(there.read_bytes()) == 100_000
+    descriptor = os.open(here, os.O_RDONLY | os.O_TRUNC)
+    assert os.read(descriptor, 10) == b""
+    os.close(descriptor)
+    assert (here.read_bytes(), there.read_bytes()) == (b"", b"")
+    assert (here.stat().st_size, there.stat().st_size) == (0, 0)
+
+
+@pytest.mark.parametrize(("mode", "left"), [(0o6777, 0o777), (0o2676, 0o676), (0o2666, 0o2666)])
+def test_an_open_that_truncates_takes_the_set_id_bits(dirs: Dirs, mode: int, left: int) -> None:
+    here, there = dirs[0] / "file", dirs[1] / "file"
+    here.write_bytes(b"x")
+    os.chmod(here, mode)
+    os.close(os.open(here, os.O_WRONLY | os.O_TRUNC))
+    assert stat.S_IMODE(here.stat().st_mode) == mode  # root may keep them
+    source = "os.close(os.open(p, os.O_WRONLY | os.O_TRUNC))"
+    assert in_child(source, uid=NOBODY, p=str(here)).errno == 0
+    assert stat.S_IMODE(here.stat().st_mode) == left
+    wait_until(lambda: stat.S_IMODE(there.stat().st_mode) == left, "the mode")
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_times_that_no_record_can_hold_become_the_nearest_that_one_can(
+    dirs: Dirs, kind: str
+) -> None:
+    here, there = dirs[0] / kind, dirs[1] / kind
+    here.touch() if kind == "file" else here.mkdir()
+    for seconds, wanted_ns in ((1 << 40, (1 << 63) - 1), (-(1 << 40), -(1 << 63))):
+        os.utime(here, (seconds, seconds))
+        wait_until(lambda wanted_ns=wanted_ns: there.stat().st_mtime_ns == wanted_ns, "the mtime")  # type: ignore[misc]
+        assert there.stat().st_atime_ns == wanted_ns
+
+
+def test_removing_and_replacing_files_leaves_no_error_behind(dirs: Dirs) -> None:
+    """The kernel sends the times of what has lost its name, and keeps the answer for syncfs."""
+    here, there = dirs[0], dirs[1]
+    root = os.open(here, os.O_RDONLY)
+    try:
+        sync_file_system(root)  # what others left
+        (here / "removed").write_bytes(b"x")
+        (here / "removed").unlink()
+        assert sync_file_system(root) == ""
+        for name in ("new", "replaced"):
+            (here / name).write_bytes(b"x")
+        os.rename(here / "new", here / "replaced")
+        assert sync_file_system(root) == ""
+        # Superseded by another node, under a second name.
+        (here / "linked").hardlink_to(here / "replaced")
+        (there / "linked").write_bytes(b"from there")
+        os.rename(here / "replaced", here / "moved")
+        (there / "linked").write_bytes(b"again")
+        Path(here / "moved").unlink()
+        assert sync_file_system(root) == ""
+    finally:
+        os.close(root)
