@@ -7,6 +7,7 @@ memory the machine has. Both kinds of hierarchy are asked (cgroups(7)): `memory.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ READ_SHARE = 16  # ... but no more than this part of what there is
 CGROUPS = Path("/sys/fs/cgroup")
 PROCESS = Path("/proc/self/cgroup")
 LIMITS_V2 = ("memory.max", "memory.high")
+HEAP_BLOCK_BYTES_MAX = 2 * MIB  # malloc takes from the heap up to this: each request of the kernel
+HEAP_IDLE_BYTES_MAX = 64 * MIB  # ... and of it, malloc keeps so much that is free
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 LIMITS_V1 = ("memory.limit_in_bytes", "memory.soft_limit_in_bytes")
 
 
@@ -31,6 +35,18 @@ def memory_bytes(process: Path = PROCESS, cgroups: Path = CGROUPS) -> int:
 def read_memory_bytes() -> int:
     """The budget of chunk buffers."""
     return min(READ_BYTES_MAX, max(memory_bytes() // READ_SHARE, READ_BYTES_MIN))
+
+
+def keep_heap() -> None:
+    """Have malloc use memory again instead of giving it back to the kernel after each request.
+
+    A request of the kernel is as large as 1 MiB, and pyfuse3 has malloc for a buffer and a copy of
+    it. The first touch of their fresh pages costs as much as the copy. Only glibc can be told.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES_MAX)
+        mallopt(M_TRIM_THRESHOLD, HEAP_IDLE_BYTES_MAX)
 
 
 def _limits(process: Path, cgroups: Path) -> Iterator[int]:

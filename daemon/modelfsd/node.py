@@ -48,7 +48,7 @@ from modelfsd.kernel_inodes import KernelInodes
 from modelfsd.leases import Leases
 from modelfsd.measures import Measures
 from modelfsd.membership import Membership, Self
-from modelfsd.memory import read_memory_bytes
+from modelfsd.memory import keep_heap, read_memory_bytes
 from modelfsd.mount import FuseMount
 from modelfsd.mounts import MountBusy
 from modelfsd.namespace import Namespace
@@ -87,6 +87,7 @@ def run_node(config: Config, ready: Ready) -> None:
     Calls `ready` with a line for the user once the mount answers. Raises `UserError` if the start
     fails for a reason that the user can mend.
     """
+    keep_heap()
     failure = trio.run(_guarded, config, ready, strict_exception_groups=True)
     if failure is not None:
         raise failure

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,20 @@ def test_the_budget_is_a_share_within_bounds(monkeypatch: pytest.MonkeyPatch) ->
     for there_is, budget in ((GIB // 4, 64 * MIB), (2 * GIB, 128 * MIB), (64 * GIB, 256 * MIB)):
         monkeypatch.setattr(memory, "memory_bytes", lambda there_is=there_is: there_is)
         assert read_memory_bytes() == budget
+
+
+def test_requests_of_the_kernel_are_taken_from_memory_that_was_used_before() -> None:
+    program = (
+        "import resource, sys\n"
+        "from modelfsd.memory import keep_heap\n"
+        "keep_heap()\n"
+        "def faults():\n"
+        "    for _ in range(100):\n"
+        "        [bytes(1 << 20 | 1) for _ in range(8)]\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "print(-faults() + faults())\n"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(told.stdout) < 8 * 256, "800 MiB, of which not even the first 8 are touched anew"
