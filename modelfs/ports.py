@@ -291,8 +291,19 @@ class PeerTransport(Protocol):
         """
         ...
 
-    async def put(self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer) -> None:
-        """Store a chunk on a peer, as OWNED. Raises `OutOfSpace` besides."""
+    async def put(
+        self,
+        node: NodeId,
+        ref: ChunkRef,
+        table: Buffer,
+        data: Buffer,
+        offer: bool = False,
+    ) -> bool:
+        """Store a chunk on a peer, as OWNED. Raises `OutOfSpace` besides.
+
+        With `offer`, the peer is asked first whether it has the chunk; then it counts as just put
+        there, and no byte is sent. Returns whether it was sent.
+        """
         ...
 
     async def sync(self, node: NodeId, incarnation: str | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 import blake3
 
@@ -96,10 +97,13 @@ def append_trailer(path: str, ref: ChunkRef, table: Buffer, durable: bool) -> bo
     """
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        if os.fstat(fd).st_size < ref.length:
+        status = os.fstat(fd)
+        if status.st_size < ref.length:
             return False
-        os.fchmod(fd, 0o600)
-        os.ftruncate(fd, ref.length)
+        if stat.S_IMODE(status.st_mode) != 0o600:
+            os.fchmod(fd, 0o600)
+        if status.st_size > ref.length:
+            os.ftruncate(fd, ref.length)
         with timed("disk_write"):
             write_fully(fd, [table, pack_footer(ref.length, table)], ref.length)
         if durable:

@@ -246,7 +246,9 @@ class DiskChunkStore:
     def _renew(self, ref: ChunkRef, holding: Holding) -> bool:
         """Whether a copy is here already that serves for this put; it then counts as just put."""
         with self._stripes[ref.id[0]]:
-            for found in (Holding.OWNED, Holding.CACHED):
+            with self._lock:
+                is_cached = ref.id in self._cached
+            for found in (Holding.OWNED, Holding.CACHED) if is_cached else (Holding.OWNED,):
                 try:
                     fd = os.open(self._path(ref.id, found), os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:

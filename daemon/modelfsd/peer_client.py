@@ -16,19 +16,17 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import trio
 
 from modelfs import wire
-from modelfs.chunk import Buffer, ChunkRef, covering_blocks, is_range_valid, is_table_valid
+from modelfs.chunk import Buffer, ChunkRef
 from modelfs.errors import (
     ChunkMissing,
     CorruptChunk,
-    OutOfSpace,
-    PeerRefused,
     PeerUnavailable,
-    ProtocolError,
 )
 from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import (
@@ -38,10 +36,15 @@ from modelfs.limits import (
     PEER_SILENCE_SECONDS,
     PUT_PATIENCE_SECONDS,
 )
-from modelfs.wire import FailureKind
-from modelfsd.buffers import empty_buffer
 from modelfsd.peer_link import Conversation, Link
-from modelfsd.stages import note, timed
+from modelfsd.peer_requests import (
+    expect_ok,
+    fetch_range,
+    has_chunks,
+    put_chunk,
+    raise_failure,
+)
+from modelfsd.stages import note
 from modelfsd.tls import Tls
 
 THREADS_MAX = 128  # 32 peers with all their connections busy
@@ -156,7 +159,7 @@ class PeerClient:
         answered = False
         try:
             data = await self._converse(
-                peer, patience, lambda talk: _fetch(talk, ref, offset, size), is_bulk=True
+                peer, patience, lambda talk: fetch_range(talk, ref, offset, size), is_bulk=True
             )
             answered = True
             return data
@@ -169,17 +172,32 @@ class PeerClient:
             if answered or seconds > peer.latency_seconds:
                 peer.note_fetch(seconds)
 
-    async def put(self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer) -> None:
+    async def put(
+        self,
+        node: NodeId,
+        ref: ChunkRef,
+        table: Buffer,
+        data: Buffer,
+        offer: bool = False,
+    ) -> bool:
         """See `PeerTransport.put`."""
         assert len(data) == ref.length
+        peer, patience = self._peer(node), PUT_PATIENCE_SECONDS
         message = wire.Put(ref.id, ref.checksum, ref.length, bytes(table))
-        await self._converse(
-            self._peer(node),
-            PUT_PATIENCE_SECONDS,
-            lambda talk: _put(talk, message, data),
-            is_write=True,
-            is_bulk=True,
+        asking = Conversation(
+            peer.link, PEER_PATIENCE_SECONDS, lambda talk: has_chunks(talk, [ref.id])
         )
+        putting = Conversation(
+            peer.link, patience, lambda talk: put_chunk(talk, message, data), True
+        )
+
+        def run() -> bool:
+            if offer and asking.run()[0]:
+                return False
+            putting.run()
+            return True
+
+        return await self._carry_out(peer, patience, run, (asking, putting), is_write=True)
 
     async def sync(self, node: NodeId, incarnation: str | None = None) -> None:
         """See `PeerTransport.sync`."""
@@ -188,7 +206,7 @@ class PeerClient:
             assert talk.connection is not None
             if incarnation is not None and talk.connection.hello.incarnation != incarnation:
                 raise PeerUnavailable(node, "it has restarted since the chunks were put")
-            _expect_ok(talk, wire.Sync())
+            expect_ok(talk, wire.Sync())
 
         await self._converse(self._peer(node), PUT_PATIENCE_SECONDS, exchange, is_write=True)
 
@@ -196,7 +214,7 @@ class PeerClient:
         """See `PeerTransport.incarnation`."""
 
         def exchange(talk: Conversation[str]) -> str:
-            _expect_ok(talk, wire.Ping())
+            expect_ok(talk, wire.Ping())
             assert talk.connection is not None
             return talk.connection.hello.incarnation
 
@@ -209,16 +227,8 @@ class PeerClient:
         for start in range(0, len(chunks), HAS_CHUNKS_MAX):
             some = chunks[start : start + HAS_CHUNKS_MAX]
 
-            def exchange(
-                talk: Conversation[list[bool]], some: Sequence[ChunkId] = some
-            ) -> list[bool]:
-                reply = talk.ask(wire.Has(wire.pack_ids(some), renew)).message
-                if not isinstance(reply, wire.HasReply):
-                    _raise_failure(talk, reply)
-                return wire.unpack_bits(reply.bitmap, len(some))
-
-            batch: list[bool] = await self._converse(peer, PEER_PATIENCE_SECONDS, exchange)
-            found += batch
+            exchange = partial(has_chunks, chunks=some, renew=renew)
+            found += await self._converse(peer, PEER_PATIENCE_SECONDS, exchange)
         return found
 
     async def report_damage(self, node: NodeId, ref: ChunkRef) -> None:
@@ -227,13 +237,13 @@ class PeerClient:
         await self._converse(
             self._peer(node),
             PEER_PATIENCE_SECONDS,
-            lambda talk: _expect_ok(talk, message, chunk=ref.id),
+            lambda talk: expect_ok(talk, message, chunk=ref.id),
         )
 
     async def ping(self, node: NodeId, patience: float = PEER_SILENCE_SECONDS) -> float:
         """Ask for a sign of life; returns the round trip in seconds. Raises PeerUnavailable."""
         started = time.monotonic()
-        await self._converse(self._peer(node), patience, lambda talk: _expect_ok(talk, wire.Ping()))
+        await self._converse(self._peer(node), patience, lambda talk: expect_ok(talk, wire.Ping()))
         return time.monotonic() - started
 
     async def fetch_info(self, host: str, port: int) -> dict[str, Any]:
@@ -245,7 +255,7 @@ class PeerClient:
         def exchange(talk: Conversation[dict[str, Any]]) -> dict[str, Any]:
             reply = talk.ask(wire.Info()).message
             if not isinstance(reply, wire.InfoReply):
-                _raise_failure(talk, reply)
+                raise_failure(talk, reply)
             return reply.info
 
         return await self._ask_address(host, port, exchange)
@@ -256,7 +266,7 @@ class PeerClient:
         def exchange(talk: Conversation[bytes]) -> bytes:
             reply = talk.ask(wire.Join(request)).message
             if not isinstance(reply, wire.JoinReply):
-                _raise_failure(talk, reply)
+                raise_failure(talk, reply)
             return reply.answer
 
         return await self._ask_address(host, port, exchange)
@@ -285,16 +295,28 @@ class PeerClient:
         is_write: bool = False,
         is_bulk: bool = False,
     ) -> T:
+        talk = Conversation(peer.link, patience, exchange, is_bulk)
+        return await self._carry_out(peer, patience, talk.run, (talk,), is_write)
+
+    async def _carry_out(
+        self,
+        peer: _Peer,
+        patience: float,
+        run: Callable[[], T],
+        talks: Sequence[Conversation[Any]],
+        is_write: bool = False,
+    ) -> T:
+        """Have `run` carry out conversations, on a worker thread, when it is their turn."""
         peer.inflight += 1
         try:
             async with _turn(peer, patience, is_write):
-                conversation = Conversation(peer.link, patience, exchange, is_bulk)
                 try:
                     return await trio.to_thread.run_sync(
-                        conversation.run, abandon_on_cancel=True, limiter=self._threads
+                        run, abandon_on_cancel=True, limiter=self._threads
                     )
                 finally:
-                    conversation.abandon()
+                    for talk in talks:
+                        talk.abandon()
         finally:
             peer.inflight -= 1
 
@@ -330,68 +352,3 @@ async def _turn(peer: _Peer, patience: float, is_write: bool) -> AsyncIterator[N
     finally:
         for limiter in reversed(held):
             limiter.release_on_behalf_of(borrower)
-
-
-def _fetch(talk: Conversation[memoryview], ref: ChunkRef, offset: int, size: int) -> memoryview:
-    """One verified range. Runs on a worker thread."""
-    start, end = covering_blocks(ref.length, offset, size)
-    with timed("fetch"):
-        table, data = _receive(talk, ref, offset, size, end - start)
-    with timed("verify"):
-        is_good = is_table_valid(ref, table) and is_range_valid(table, start, data)
-    if not is_good:
-        raise CorruptChunk(ref.id, f"node {talk.link.node}")
-    return data[offset - start : offset - start + size]
-
-
-def _receive(
-    talk: Conversation[memoryview], ref: ChunkRef, offset: int, size: int, block_bytes: int
-) -> tuple[Buffer, memoryview]:
-    """A chunk's block table, and the blocks that hold the range."""
-    frame = talk.ask(wire.Get(ref.id, offset, size))
-    reply = frame.message
-    if not isinstance(reply, wire.GetReply):
-        _raise_failure(talk, reply, ref.id)
-    if reply.length != ref.length:
-        raise CorruptChunk(
-            ref.id, f"node {talk.link.node}"
-        )  # its payload is not taken, so the connection ends
-    if frame.payload_bytes != block_bytes:
-        raise ProtocolError(f"{frame.payload_bytes} bytes instead of {block_bytes}")
-    data = empty_buffer(block_bytes)
-    talk.receive_payload(data)
-    return reply.table, data
-
-
-def _put(talk: Conversation[None], message: wire.Put, data: Buffer) -> None:
-    with timed("put"):
-        _expect_ok(talk, message, data)
-
-
-def _expect_ok(
-    talk: Conversation[Any],
-    message: wire.Request,
-    payload: Buffer = b"",
-    chunk: ChunkId | None = None,
-) -> None:
-    reply = talk.ask(message, payload).message
-    if not isinstance(reply, wire.Ok):
-        _raise_failure(talk, reply, chunk)
-
-
-def _raise_failure(
-    talk: Conversation[Any], reply: wire.Message, chunk: ChunkId | None = None
-) -> NoReturn:
-    """Turn a FAILURE into our error; `chunk` is the one that was asked for, if any."""
-    node = talk.link.node
-    if not isinstance(reply, wire.Failure):
-        raise ProtocolError(f"{type(reply).__name__} is not the reply to what was asked")
-    if reply.kind is FailureKind.MISSING and chunk is not None:
-        raise ChunkMissing(chunk, f"node {node}")
-    if reply.kind is FailureKind.CORRUPT and chunk is not None:
-        raise CorruptChunk(chunk, f"node {node}")
-    if reply.kind is FailureKind.NO_SPACE:
-        raise OutOfSpace(f"node {node}: {reply.text}")
-    if reply.kind in (FailureKind.WRONG_CLUSTER, FailureKind.VERSION):
-        raise PeerUnavailable(node, reply.text)
-    raise PeerRefused(node, reply.text)

@@ -13,8 +13,9 @@ silent ones dead, and try again: G1 is kept to the letter, at the price of a pau
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -27,7 +28,7 @@ from modelfs.errors import (
     PeerUnavailable,
     ReplicationFailed,
 )
-from modelfs.ids import NodeId
+from modelfs.ids import Epoch, NodeId
 from modelfs.limits import KIB, NODE_LEASE_SECONDS
 from modelfs.manifest import PlacedChunk
 from modelfs.placement import PlacementMap
@@ -80,7 +81,8 @@ class Replicator:
         placements: Placements,
         staged: Path | None = None,
     ) -> PlacedChunk:
-        """Make `replicas` copies of a chunk. A `staged` file that holds it may be consumed.
+        """Make `replicas` copies of a chunk. A `staged` file that holds it may be consumed, and is
+        if a copy is made here.
 
         Raises `OutOfSpace` if that is what kept nodes from taking it, else `ReplicationFailed`.
         """
@@ -150,6 +152,16 @@ class Replicator:
         assert ref == placed.ref
         await self.put(ref, table, data, replicas, placements)
 
+    def is_here(self, placed: PlacedChunk, placements: Placements) -> bool:
+        """Whether this node took a copy; then a staged file that held it is gone."""
+        return placed.ref.id in placements.by_node.get(self.chunks.node_id, ())
+
+    @property
+    def epoch(self) -> Epoch:
+        """The one in which a chunk would be put now; 0 before there is one."""
+        placement = self.chunks.mirror.latest_map
+        return placement.epoch if placement else Epoch(0)
+
     def _latest_map(self) -> PlacementMap:
         placement = self.chunks.mirror.latest_map
         if placement is None:
@@ -157,25 +169,28 @@ class Replicator:
         return placement
 
     async def put_on(
-        self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer, staged: Path | None
+        self,
+        node: NodeId,
+        ref: ChunkRef,
+        table: Buffer,
+        data: Buffer,
+        staged: Path | None,
+        offer: bool,
     ) -> None:
-        """One copy on one node, unless it has one already."""
+        """One copy on one node; if the chunk is to be offered first, only where it lacks."""
         chunks = self.chunks
         if node == chunks.node_id:
             await trio.to_thread.run_sync(
                 self._put_here, ref, table, data, staged, limiter=self._limiter
             )
             return
-        if ref.length >= ASK_FIRST_BYTES and (await chunks.peers.has(node, [ref.id], True))[0]:
+        if await chunks.peers.put(node, ref, table, data, offer):
+            self.sent_bytes += ref.length
+        else:
             self.spared_bytes += ref.length
-            return
-        await chunks.peers.put(node, ref, table, data)
-        self.sent_bytes += ref.length
 
     def _put_here(self, ref: ChunkRef, table: Buffer, data: Buffer, staged: Path | None) -> None:
         store = self.chunks.store
-        if store.has([ref.id], renew=True)[0]:
-            return
         if staged is not None:
             store.adopt(staged, ref, table, Holding.OWNED)
         else:
@@ -197,6 +212,7 @@ class _Attempt:
         self._placements = placements
         self._replicator, self._ref, self._table, self._data = replicator, ref, table, data
         self._staged = staged
+        self._offers = False  # before chunks are sent
         self.copies: set[NodeId] = set()
         self.failures: list[str] = []
         self.is_out_of_space = False
@@ -204,12 +220,29 @@ class _Attempt:
     async def run(self, placement: PlacementMap, replicas: int, done: set[NodeId]) -> None:
         """Put copies on live nodes first, then on those that seem dead."""
         chunks = self._replicator.chunks
-        order = [node for node in placement.candidates(self._ref.id, replicas) if node not in done]
+        candidates = placement.candidates(self._ref.id, replicas)
+        if self._ref.length >= ASK_FIRST_BYTES:
+            self._offers = await self._may_be_there(candidates[:replicas])
+        order = [node for node in candidates if node not in done]
         live = [node for node in order if node == chunks.node_id or chunks.is_up(node)]
         rest = iter([*live, *(node for node in order if node not in live)])
         async with trio.open_nursery() as nursery:
             for _ in range(replicas - len(done)):
                 nursery.start_soon(self._fill_one, rest)
+
+    async def _may_be_there(self, holders: Sequence[NodeId]) -> bool:
+        """Whether it is likely enough that others have the chunk, to ask before it is sent.
+
+        Whoever wrote it before has put it on all who are to have it, this node perhaps among them.
+        """
+        chunks = self._replicator.chunks
+        if chunks.node_id not in holders:
+            return True
+        look = partial(chunks.store.has, [self._ref.id], renew=False)
+        try:
+            return (await trio.to_thread.run_sync(look))[0]
+        except OSError:
+            return True  # the copy that is to be made here will say so
 
     async def _fill_one(self, rest: Iterator[NodeId]) -> None:
         """Make one copy on the first node of `rest` that takes it."""
@@ -217,9 +250,8 @@ class _Attempt:
         for node in rest:
             try:
                 await self._note_incarnation(node)
-                await self._replicator.put_on(
-                    node, self._ref, self._table, self._data, self._staged
-                )
+                what = self._ref, self._table, self._data, self._staged
+                await self._replicator.put_on(node, *what, self._offers)
             except PeerUnavailable as error:
                 chunks.suspect(node)
                 self.failures.append(str(error))

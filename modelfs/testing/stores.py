@@ -256,9 +256,20 @@ class MemoryPeers:
         except CorruptChunk:
             raise CorruptChunk(ref.id, f"node {node}") from None
 
-    async def put(self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer) -> None:
+    async def put(
+        self,
+        node: NodeId,
+        ref: ChunkRef,
+        table: Buffer,
+        data: Buffer,
+        offer: bool = False,
+    ) -> bool:
         """See `PeerTransport.put`."""
-        (await self._reach(node)).put(ref, table, data, Holding.OWNED)
+        store = await self._reach(node)
+        if offer and store.has([ref.id], renew=True)[0]:
+            return False
+        store.put(ref, table, data, Holding.OWNED)
+        return True
 
     async def sync(self, node: NodeId, incarnation: str | None = None) -> None:
         """See `PeerTransport.sync`."""

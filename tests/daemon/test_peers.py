@@ -373,3 +373,16 @@ async def test_only_a_copy_that_is_really_bad_is_reported_to_the_node() -> None:
         with pytest.raises(ChunkMissing):
             await client.report_damage(SERVER, bad[0])
         client.close()
+
+
+async def test_a_chunk_that_is_offered_is_sent_only_if_it_is_not_there() -> None:
+    ref, table, data = make(MIB)
+    with served() as peer, closing(peer.client()) as client:
+        assert await client.put(SERVER, ref, table, data)
+        assert peer.server.statistics().requests == {"put": 1}, "nobody asked"
+        assert not await client.put(SERVER, ref, table, data, offer=True)
+        assert peer.server.statistics().requests == {"put": 1, "has": 1}
+        other, table, data = make(MIB, seed=1)
+        assert await client.put(SERVER, other, table, data, offer=True)
+        assert peer.server.statistics().requests == {"put": 2, "has": 2}
+        assert all(peer.store.has([ref.id, other.id], renew=False))

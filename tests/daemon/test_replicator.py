@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -173,6 +174,28 @@ async def test_a_chunk_that_a_node_has_is_not_sent_again(tmp_path: Path, rng: Ra
         for _ in range(2):
             await one.replicator.put(ref, table, data, 2, Placements())
         assert (one.replicator.sent_bytes, one.replicator.spared_bytes) == (len(data), len(data))
+
+
+async def test_a_chunk_that_is_new_here_is_not_offered_first(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that is to have a copy would have it, if anybody had."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        questions = 0
+        has = two.store.has
+
+        def count(chunks: Sequence[ChunkId], renew: bool) -> list[bool]:
+            nonlocal questions
+            questions += 1
+            return has(chunks, renew)
+
+        monkeypatch.setattr(two.store, "has", count)
+        data = rng.randbytes(300 * KIB)
+        ref, table = describe(data)
+        for expected in (0, 1):
+            await one.replicator.put(ref, table, data, 2, Placements())
+            assert questions == expected
 
 
 async def test_a_cached_copy_becomes_an_owned_one(tmp_path: Path) -> None:

@@ -69,10 +69,18 @@ class ForgetfulPeers(MemoryPeers):
         super().__init__(stores)
         self.unsynced: dict[NodeId, set[ChunkId]] = {node: set() for node in stores}
 
-    async def put(self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer) -> None:
+    async def put(
+        self,
+        node: NodeId,
+        ref: ChunkRef,
+        table: Buffer,
+        data: Buffer,
+        offer: bool = False,
+    ) -> bool:
         await trio.sleep(len(data) / (10 * MIB))
-        await super().put(node, ref, table, data)
+        is_sent = await super().put(node, ref, table, data, offer)
         self.unsynced[node].add(ref.id)
+        return is_sent
 
     async def sync(self, node: NodeId, incarnation: str | None = None) -> None:
         await super().sync(node, incarnation)
