@@ -58,5 +58,10 @@ class Extents:
         """One past the last byte of the set; 0 if it is empty."""
         return self._ends[-1] if self._ends else 0
 
+    @property
+    def size(self) -> int:
+        """How many bytes are in the set."""
+        return sum(self._ends) - sum(self._starts)
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(zip(self._starts, self._ends, strict=True))

@@ -38,7 +38,7 @@ STAGES = {
     "verify": "checksums of what came from disk or peer",
     "push": "pages handed to the kernel before it asks",
     "invalidate": "telling the kernel to forget a name or attributes",
-    "stage": "bytes of one write into the staging file",
+    "stage": "bytes of one write, or of several that came together, into the staging file",
     "upload_queue": "a complete chunk waits for room in the upload budget",
     "hash": "name and checksums of a chunk that was written",
     "put": "a chunk to a peer, until it has it on its disk",

@@ -42,7 +42,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,17 +50,21 @@ from typing import Any
 
 import trio
 
-from modelfs.chunk import Buffer, ChunkRef
+from modelfs.chunk import Buffer, ChunkRef, is_zeros
 from modelfs.errors import OutOfSpace
 from modelfs.extents import Extents
 from modelfs.ids import Epoch
 from modelfsd.assembly import Assembly
+from modelfsd.batch import Batch
 from modelfsd.page_cache import write_directly
+from modelfsd.replicator import name_chunk
 from modelfsd.stages import timed
 
 JOURNAL = "sealed.jsonl"
 DESCRIPTION = "description.json"
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+Pieces = Sequence[tuple[int, Buffer]]  # (offset in the position, bytes), in order of time
 
 
 @dataclass(slots=True, eq=False)
@@ -72,12 +76,28 @@ class StagedChunk:
     extents: Extents = field(default_factory=Extents)
     is_journaled: bool = False
     assembly: Assembly | None = None  # holds all that the file holds
+    gathering: Batch | None = None  # what will be written next
     lock: trio.Lock = field(default_factory=trio.Lock)
 
-    def is_prefix_up_to(self, start: int) -> bool:
-        """Whether the file's length still says what has been written, after a write at `start`."""
+    def join_batch(self, start: int, data: memoryview) -> tuple[Batch, bool]:
+        """Have a piece written with the next batch; and whether that begins with it."""
+        batch = self.gathering
+        if is_first := batch is None or batch.is_over:
+            batch = self.gathering = Batch()
+        batch.add(start, data)
+        return batch, is_first
+
+    def are_prefixes(self, runs: Iterable[tuple[int, int]]) -> bool:
+        """Whether after each of these writes the file's length still says what was written."""
         intervals = list(self.extents)
-        return start == 0 if not intervals else intervals[0][0] == 0 and start <= intervals[0][1]
+        if intervals and intervals[0][0]:
+            return False
+        length = intervals[0][1] if intervals else 0
+        for start, end in runs:
+            if start > length:
+                return False
+            length = max(length, end)
+        return True
 
     def from_memory(self, start: int, end: int) -> bytes | None:
         """Bytes as they were written, if all of them are in memory."""
@@ -134,23 +154,48 @@ class StagingDirectory:
 
     # ------------------------------------------------------------ bytes
 
-    def write(self, index: int, staged: StagedChunk, data: Buffer, start: int) -> None:
-        """Write bytes of a position. Raises `OutOfSpace`, OSError."""
-        is_journaled = staged.is_journaled or not staged.is_prefix_up_to(start)
+    def write(self, index: int, staged: StagedChunk, pieces: Pieces) -> None:
+        """Write bytes of a position, one piece over the other. Raises `OutOfSpace`, OSError.
+
+        What an assembly holds side by side is written at once.
+        """
+        assembly, runs = staged.assembly, [(at, at + len(data)) for at, data in pieces]
+        if assembly is not None:
+            merged = Extents()
+            for at, data in pieces:
+                assembly.take(data, at)
+                merged.add(at, at + len(data))
+            runs = list(merged)
+            pieces = [(start, assembly.data[start:end]) for start, end in runs]
+        is_journaled = staged.is_journaled or not staged.are_prefixes(runs)
         if is_journaled and not staged.is_journaled:
             self._note_written(index, staged, [list(extent) for extent in staged.extents])
             staged.is_journaled = True
-        if staged.assembly is not None:
-            data = staged.assembly.take(data, start)
-        with timed("stage"):
-            write_at(staged.path, data, start, staged.assembly is not None)
-        if is_journaled:
-            self._note_written(index, staged, [[start, start + len(data)]])
+        written: list[list[int]] = []
+        try:
+            for at, data in pieces:
+                with timed("stage"):
+                    write_at(staged.path, data, at, assembly is not None)
+                written.append([at, at + len(data)])
+        finally:
+            if is_journaled and written:
+                self._note_written(index, staged, written)
 
     # ------------------------------------------------------------ the journal
 
     def _note_written(self, index: int, staged: StagedChunk, extents: list[list[int]]) -> None:
         self._note({"written": index, "file": staged.path.name, "extents": extents})
+
+    def name(
+        self, index: int, staged: StagedChunk, data: Buffer, epoch: Epoch
+    ) -> tuple[ChunkRef, bytes] | None:
+        """Name the chunk that a staging file is about to become, and journal that.
+
+        Returns reference and block table; None if it is all zeros.
+        """
+        named = None if is_zeros(data) else name_chunk(data)
+        self.note_seal(index, staged, len(data), named and named[0], epoch)
+        return named
 
     def note_seal(
         self, index: int, staged: StagedChunk, length: int, ref: ChunkRef | None, epoch: Epoch

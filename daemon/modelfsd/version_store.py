@@ -31,13 +31,14 @@ class VersionStore:
 
         The names are not synced yet: that is `Replicator.sync` with the copy's placements.
         """
+        inline = bytes(await copy.read(0, copy.size)) if copy.size <= INLINE_BYTES_MAX else None
         mtime_ns = copy.mtime_ns if copy.mtime_ns is not None else time.time_ns()
         fields = replace(
             copy.base,
             size=copy.size,
             mtime_ns=mtime_ns,
             editor=self._node_id,
-            inline=await copy.inline_contents(INLINE_BYTES_MAX),
+            inline=inline,
             manifest=None,
             hole_bytes=0,
         )

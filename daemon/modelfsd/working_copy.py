@@ -26,16 +26,17 @@ from pathlib import Path
 import trio
 
 from modelfs import stripe
-from modelfs.chunk import Buffer, ChunkRef, is_zeros
+from modelfs.chunk import Buffer, is_zeros
 from modelfs.errors import FileTooLarge
-from modelfs.ids import Epoch, InodeNumber
+from modelfs.ids import InodeNumber
 from modelfs.inode import Inode, small_contents
 from modelfs.limits import FILE_BYTES_MAX, INLINE_BYTES_MAX
 from modelfs.manifest import PlacedChunk
 from modelfsd.assembly import AssemblyMemory
+from modelfsd.batch import Batch
 from modelfsd.contents import Contents, zeros
 from modelfsd.layout import Description
-from modelfsd.replicator import Placements, Replicator, name_chunk
+from modelfsd.replicator import Placements, Replicator
 from modelfsd.staging import (
     StagedChunk,
     StagingDirectory,
@@ -133,7 +134,7 @@ class WorkingCopy:
             if self._held and self.is_dirty:
                 await trio.to_thread.run_sync(self._files.make, self._description())
                 staged = self._files.new_chunk(0, 0)
-                await trio.to_thread.run_sync(self._files.write, 0, staged, self._held, 0)
+                await trio.to_thread.run_sync(self._files.write, 0, staged, [(0, self._held)])
                 staged.extents.add(0, self.size)
                 self._staged[0] = staged
             self._held = self.held_since = None
@@ -141,19 +142,32 @@ class WorkingCopy:
     async def _stage(
         self, piece: stripe.ChunkRange, whole: memoryview, at: int, completed: list[int]
     ) -> None:
-        data = whole[at : at + piece.size]
+        span = stripe.span(self.base.chunk_bytes, piece.index)[1]
         while True:
             staged = self._staged.get(piece.index) or await self._begin(piece.index, len(whole))
-            async with staged.lock:
-                if self._staged.get(piece.index) is not staged:
-                    continue  # it was sealed while we waited
-                await trio.to_thread.run_sync(
-                    self._files.write, piece.index, staged, data, piece.start, limiter=self._limiter
-                )
-                staged.extents.add(piece.start, piece.start + piece.size)
-                if staged.extents.covers(0, stripe.span(self.base.chunk_bytes, piece.index)[1]):
-                    completed.append(piece.index)
+            batch, is_first = staged.join_batch(piece.start, whole[at : at + piece.size])
+            if is_first:
+                write = partial(self._write, piece.index, staged, span, completed)
+                await batch.lead(span - staged.extents.size, write)
+            if await batch.is_staged():
                 return
+
+    async def _write(
+        self, index: int, staged: StagedChunk, span: int, completed: list[int], batch: Batch
+    ) -> bool:
+        """Write a batch into the staging file. False: the position was sealed while we waited."""
+        async with staged.lock:
+            staged.gathering = None
+            if self._staged.get(index) is not staged:
+                return False
+            await trio.to_thread.run_sync(
+                self._files.write, index, staged, batch.pieces, limiter=self._limiter
+            )
+            for start, data in batch.pieces:
+                staged.extents.add(start, start + len(data))
+            if staged.extents.covers(0, span):
+                completed.append(index)
+            return True
 
     async def _begin(self, index: int, write_bytes: int = 0) -> StagedChunk:
         """Start to stage a position, with a write of so many bytes."""
@@ -240,9 +254,8 @@ class WorkingCopy:
     async def _overlay(self, piece: stripe.ChunkRange, staged: StagedChunk) -> bytes:
         """A range of a staged chunk, with what lies under it in the gaps."""
         end = piece.start + piece.size
-        data = await trio.to_thread.run_sync(
-            staged.read, piece.start, piece.size, limiter=self._limiter
-        )
+        read = partial(staged.read, piece.start, piece.size)
+        data = await trio.to_thread.run_sync(read, limiter=self._limiter)
         for gap_start, gap_end in list(staged.extents.gaps(piece.start, end)):
             under = await self._under_staged(piece.index, staged, gap_start, gap_end)
             data[gap_start - piece.start : gap_end - piece.start] = under
@@ -292,17 +305,16 @@ class WorkingCopy:
             placed = await self._put(index, staged, length) if length else None
             self.sealed[index] = placed
             del self._staged[index]
-            await trio.to_thread.run_sync(partial(staged.path.unlink, missing_ok=True))
+            if placed is None or not self._replicator.is_here(placed, self.placements):
+                await trio.to_thread.run_sync(partial(staged.path.unlink, missing_ok=True))
 
     async def _put(self, index: int, staged: StagedChunk, length: int) -> PlacedChunk | None:
         data = await self._whole(index, staged, length)
-        if is_zeros(data):
-            await self._note_seal(index, staged, length, None)
-            return None  # a hole
-        ref, table = await trio.to_thread.run_sync(name_chunk, data, limiter=self._limiter)
-        await self._note_seal(index, staged, length, ref)
-        replicas = self.base.replicas
-        return await self._replicator.put(ref, table, data, replicas, self.placements, staged.path)
+        named = await trio.to_thread.run_sync(
+            self._files.name, index, staged, data, self._replicator.epoch, limiter=self._limiter
+        )
+        where, file = self.placements, staged.path
+        return named and await self._replicator.put(*named, data, self.base.replicas, where, file)
 
     async def _whole(self, index: int, staged: StagedChunk, length: int) -> Buffer:
         """All bytes of a staged position; what lies in its gaps is in its file then as well."""
@@ -315,33 +327,16 @@ class WorkingCopy:
             if staged.assembly is not None:
                 staged.assembly.take(under, start)
         if staged.assembly is None:
-            return await trio.to_thread.run_sync(
-                read_exactly, staged.path, length, limiter=self._limiter
-            )
+            read = partial(read_exactly, staged.path, length)
+            return await trio.to_thread.run_sync(read, limiter=self._limiter)
         if gaps:
             await trio.to_thread.run_sync(set_length, staged.path, length)
         return staged.assembly.data[:length]
-
-    async def _note_seal(
-        self, index: int, staged: StagedChunk, length: int, ref: ChunkRef | None
-    ) -> None:
-        placement = self._replicator.chunks.mirror.latest_map
-        epoch = placement.epoch if placement else Epoch(0)
-        await trio.to_thread.run_sync(self._files.note_seal, index, staged, length, ref, epoch)
 
     async def stage_inline_base(self) -> None:
         """Contents that stood in the base's record become a chunk, now that they outgrew it."""
         if self.base.inline and self.base_limit and 0 not in self.sealed:
             await self._begin(0)
-
-    async def inline_contents(self, size_max: int) -> bytes | None:
-        """The whole contents, if they fit in an inode record."""
-        return bytes(await self.read(0, self.size)) if self.size <= size_max else None
-
-    @property
-    def directory_name(self) -> str:
-        """What recovery calls this working copy."""
-        return self._files.path.name
 
     def describe_on_disk(self, why: str) -> None:
         """Write beside the staged bytes that and why they are lost. Blocks. Raises OSError."""
@@ -387,6 +382,11 @@ class WorkingCopy:
     def has_files(self) -> bool:
         """Whether anything of it is on disk."""
         return self._files.is_made
+
+    @property
+    def directory_name(self) -> str:
+        """What recovery calls this working copy."""
+        return self._files.path.name
 
     def discard(self) -> None:
         """Remove the staging files. Blocks."""

@@ -6,9 +6,12 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import trio
 
+from modelfs.chunk import Buffer
+from modelfs.errors import OutOfSpace, WriteLost
 from modelfs.limits import KIB, MIB
-from modelfsd import page_cache, working_copy
+from modelfsd import page_cache, staging, working_copy
 from modelfsd.assembly import AssemblyMemory
 from modelfsd.staging import write_at
 from tests.daemon.node_parts import CHUNK, cluster_of
@@ -75,3 +78,58 @@ async def test_a_stream_is_never_read_back(
         await session.release()
         assert await two.read_file(b"f") == model
         assert one.writer.memory.used_bytes == 0
+
+
+async def test_writes_that_come_together_are_staged_together(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel writes back: many at a time, and not in order."""
+    written: list[tuple[int, int]] = []
+    write_at = staging.write_at
+
+    def record(path: Path, data: Buffer, offset: int, past_cache: bool = False) -> None:
+        written.append((offset, len(data)))
+        write_at(path, data, offset, past_cache)
+
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        data = rng.randbytes(BORDER + CHUNK)
+        session = await one.open(b"f")
+        await session.write(0, data[:BORDER])
+        monkeypatch.setattr(staging, "write_at", record)
+        async with trio.open_nursery() as nursery:
+            for start in range(BORDER, BORDER + CHUNK, CHUNK // 4):
+                nursery.start_soon(session.write, start, data[start : start + CHUNK // 4])
+        assert written == [(0, CHUNK)]
+        await session.release()
+        assert await two.read_file(b"f") == data
+
+
+@pytest.mark.expected_logs("cannot be committed, they are kept: no room")
+async def test_writes_that_failed_together_all_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OutOfSpace("no room")
+
+    async with cluster_of(2, tmp_path) as cluster:
+        one = cluster.nodes[0]
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+        monkeypatch.setattr(staging, "write_at", fail)
+        refused = 0
+
+        async def write(start: int) -> None:
+            nonlocal refused
+            with pytest.raises(OutOfSpace):
+                await session.write(start, bytes(CHUNK // 4))
+            refused += 1
+
+        async with trio.open_nursery() as nursery:
+            for start in range(BORDER, BORDER + CHUNK, CHUNK // 4):
+                nursery.start_soon(write, start)
+        assert refused == 4
+        with pytest.raises(WriteLost):
+            await session.flush()
+        await session.release()

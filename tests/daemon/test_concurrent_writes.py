@@ -12,7 +12,7 @@ import trio
 from modelfs.chunk import Buffer, describe
 from modelfs.limits import KIB
 from modelfsd import assembly
-from modelfsd.staging import StagedChunk, StagingDirectory
+from modelfsd.staging import Pieces, StagedChunk, StagingDirectory
 from tests.daemon.node_parts import CHUNK, cluster_of
 
 FIRST = CHUNK // 4  # the size of the first chunks
@@ -62,19 +62,19 @@ async def test_a_write_that_completes_a_chunk_leaves_the_bytes_of_one_beside_it(
     write = StagingDirectory.write
 
     def write_second_chunk_late(
-        files: StagingDirectory, index: int, staged: StagedChunk, data: Buffer, start: int
+        files: StagingDirectory, index: int, staged: StagedChunk, pieces: Pieces
     ) -> None:
         if index == 1:
             trio.from_thread.run_sync(is_held.set, trio_token=token)
             assert is_sealing.wait(HANG_SECONDS)
-        write(files, index, staged, data, start)
+        write(files, index, staged, pieces)
 
     def describe_and_tell(data: Buffer) -> object:
         is_sealing.set()
         return describe(data)
 
     monkeypatch.setattr(StagingDirectory, "write", write_second_chunk_late)
-    monkeypatch.setattr("modelfsd.working_copy.name_chunk", describe_and_tell)
+    monkeypatch.setattr("modelfsd.staging.name_chunk", describe_and_tell)
     async with cluster_of(2, tmp_path) as cluster:
         await cluster.nodes[0].make_file(b"f")
         session = await cluster.nodes[0].open(b"f")

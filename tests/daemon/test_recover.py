@@ -224,7 +224,7 @@ def test_whole_files_need_no_journal(tmp_path: Path) -> None:
     directory.make({})
     chunk = directory.new_chunk(0, 0)
     for start in range(0, 100 * KIB, 10 * KIB):
-        directory.write(0, chunk, bytes(10 * KIB), start)
+        directory.write(0, chunk, [(start, bytes(10 * KIB))])
         chunk.extents.add(start, start + 10 * KIB)
-    directory.write(0, chunk, b"again", 5)
+    directory.write(0, chunk, [(5, b"again")])
     assert not (directory.path / staging.JOURNAL).exists()

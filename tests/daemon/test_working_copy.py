@@ -18,8 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from modelfs.limits import INLINE_BYTES_MAX, KIB
-from modelfsd import working_copy
-from modelfsd.staging import StagingDirectory
+from modelfsd import staging, working_copy
 from modelfsd.write_session import WriteSession
 from tests.daemon.node_parts import CHUNK, Cluster, cluster_of
 
@@ -181,14 +180,18 @@ async def test_a_chunk_that_is_being_sealed_can_be_written_and_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The seal is held up at each of its steps, and a write or a truncation comes in."""
-    steps = ["read_exactly", "name_chunk", "note_seal"]
-    for step in steps:
+    owners = {
+        "read_exactly": working_copy,
+        "name_chunk": staging,
+        "note_seal": staging.StagingDirectory,
+    }
+    for step in owners:
         for disturb in ("write", "truncate"):
             async with cluster_of(2, tmp_path / step / disturb) as cluster:
                 twin = Twin(cluster)
                 await cluster.nodes[0].make_file(b"f")
                 session = await twin.open()
-                owner = StagingDirectory if step == "note_seal" else working_copy
+                owner = owners[step]
                 held_up = HeldUp(getattr(owner, step))
 
                 with monkeypatch.context() as patch:
