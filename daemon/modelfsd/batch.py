@@ -15,9 +15,7 @@ import trio
 
 from modelfs.errors import ModelfsError
 
-TICKS = (
-    3  # of trio's loop, in which a request surely comes that is ready: pyfuse3 needs two for one
-)
+TICKS = 3  # of trio's loop. pyfuse3 needs two to bring a request that is ready
 
 
 @dataclass(slots=True, eq=False)
