@@ -316,6 +316,8 @@ class Bootstrap:
         return member
 
     def _entered(self, store: EtcdStore, member: EtcdMember | None) -> Entered:
+        if member is not None:
+            store.reach_through(member.client_endpoint, member.process.socket_path)
         return Entered(self._identity, self._keys, store, member)
 
     def _new_store(self, endpoints: Sequence[str]) -> EtcdStore:

@@ -20,8 +20,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,12 @@ import trio
 from modelfs.errors import ModelfsError, UserError
 from modelfs.limits import MIB
 from modelfsd.pages import Page, answer_http, is_http
+from modelfsd.socket_paths import short_path
 
 log = logging.getLogger(__name__)
 
 REQUEST_BYTES_MAX = 1 * MIB
 REPLY_BYTES_MAX = 64 * MIB
-PATH_BYTES_MAX = 107  # sun_path less the NUL (unix(7))
 CLIENTS_MAX = 64
 IDLE_SECONDS_MAX = 60.0  # that a client may think between two requests
 SEND_SECONDS_MAX = 30.0
@@ -66,7 +65,7 @@ class ControlServer:
             # The file that bind makes gets the mode of the socket: no instant at which others
             # could connect, and no change of the process's umask.
             os.fchmod(listener.fileno(), 0o600)
-            with _short_path(self.path) as short:
+            with short_path(self.path) as short:
                 listener.bind(short)
             listener.listen(CLIENTS_MAX)
             async with trio.open_nursery() as nursery:
@@ -152,19 +151,6 @@ async def _receive_line(stream: trio.SocketStream, buffer: bytearray) -> bytes |
     return None
 
 
-@contextmanager
-def _short_path(path: Path) -> Iterator[str]:
-    """A name of `path` that fits into a socket address."""
-    if len(os.fsencode(path)) <= PATH_BYTES_MAX:
-        yield str(path)
-        return
-    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{path.name}"
-    finally:
-        os.close(directory)
-
-
 # ---------------------------------------------------------------- the client
 
 
@@ -181,7 +167,7 @@ def call(
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stream:
             stream.settimeout(timeout)
-            with _short_path(path) as short:
+            with short_path(path) as short:
                 stream.connect(short)
             stream.sendall(request)
             line = _read_reply(stream)

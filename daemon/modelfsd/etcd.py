@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -120,6 +121,10 @@ class EtcdStore:
     def set_endpoints(self, endpoints: Sequence[str]) -> None:
         """Use these endpoints from now on. Watches on others go on until they break."""
         self._channels.set_endpoints(endpoints)
+
+    def reach_through(self, endpoint: str, path: Path) -> None:
+        """Prefer an endpoint, and reach it through this Unix socket whenever that is there."""
+        self._channels.reach_through(endpoint, path)
 
     def set_credentials(self, credentials: Credentials | None) -> None:
         """Show these from the next connection on."""

@@ -20,8 +20,10 @@ from __future__ import annotations
 import ssl
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import trio
@@ -168,6 +170,7 @@ class EtcdChannels:
     def __init__(self, endpoints: Sequence[str], credentials: Credentials | None) -> None:
         self._credentials = credentials
         self._lines: dict[str, _Line] = {}
+        self._shortcuts: dict[str, Path] = {}
         self._headers: dict[tuple[str, str, bool], bytes] = {}
         self._endpoints: tuple[str, ...] = ()
         self._preferred = self._watched = ""
@@ -205,8 +208,21 @@ class EtcdChannels:
                 line.connection.retire()
                 line.connection = None
 
+    def reach_through(self, endpoint: str, path: Path) -> None:
+        """Reach an endpoint, which is preferred from now on, through this Unix socket if it can be.
+
+        Connections that there are stay in use until they break.
+        """
+        assert endpoint in self._endpoints
+        self._shortcuts[endpoint] = path
+        self._preferred = self._watched = endpoint
+
     async def connect(self, endpoint: str) -> EtcdConnection:
         """A new connection of the caller's own, which he closes. Raises `CallFailed`."""
+        shortcut = self._shortcuts.get(endpoint)
+        if shortcut is not None:
+            with suppress(CallFailed):
+                return await EtcdConnection.connect_locally(shortcut)
         return await EtcdConnection.connect(endpoint, self._credentials)
 
     def headers(self, endpoint: str, method: str, needs_leader: bool) -> bytes:
@@ -325,7 +341,7 @@ class EtcdChannels:
                 line.connection.retire()
                 line.connection = None
             try:
-                line.connection = await EtcdConnection.connect(endpoint, self._credentials)
+                line.connection = await self.connect(endpoint)
             except CallFailed as failure:
                 line.failure, line.retry_at = failure, trio.current_time() + RECONNECT_SECONDS
                 raise

@@ -14,11 +14,13 @@ from __future__ import annotations
 import socket
 import ssl
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import trio
 
 from modelfs.errors import ProtocolError
 from modelfsd.etcd_http2 import Http2Client, MessageReceived, Status, StreamEnded
+from modelfsd.socket_paths import short_path
 
 RECEIVE_BYTES = 256 << 10
 CONNECT_SECONDS = 1.0  # for the connection and, with TLS, for the handshake
@@ -70,6 +72,19 @@ class EtcdConnection:
             reason = "timed out" if isinstance(error, trio.TooSlowError) else str(error)
             text = f"{UNCONNECTED} to {endpoint}: {reason}"
             raise CallFailed(Status.UNAVAILABLE, text) from error
+
+    @classmethod
+    async def connect_locally(cls, path: Path) -> EtcdConnection:
+        """To a member of this machine, through a Unix socket. Raises `CallFailed`."""
+        plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with short_path(path) as address:
+                plain.connect(address)  # at once, or not at all
+        except OSError as error:
+            plain.close()
+            raise CallFailed(Status.UNAVAILABLE, f"{UNCONNECTED} to {path}: {error}") from error
+        await trio.lowlevel.checkpoint()
+        return cls(plain)
 
     # ------------------------------------------------------------ calls
 

@@ -33,7 +33,7 @@ from modelfsd.etcd_join import (
     revoke,
     take_turn,
 )
-from modelfsd.etcd_process import LOG_SEARCH_BYTES, EtcdProcess, check_port
+from modelfsd.etcd_process import LOG_SEARCH_BYTES, SOCKET_URL, EtcdProcess, check_port
 from modelfsd.etcd_standing import Standing, StandingRecord
 from modelfsd.etcd_tls import EtcdTls
 
@@ -204,7 +204,7 @@ class EtcdMember:
         self.process.start(
             [
                 f"--name={self._name}",
-                f"--listen-client-urls={self.client_url}",
+                f"--listen-client-urls={self.client_url},{SOCKET_URL}",
                 f"--advertise-client-urls={self.client_url}",
                 f"--listen-peer-urls={self.peer_url}",
                 f"--initial-advertise-peer-urls={self.peer_url}",

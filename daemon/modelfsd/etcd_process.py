@@ -59,6 +59,11 @@ _OPTIONS = (
 )
 # `--enable-v2=false` is not given: it is the default since 3.4, and 3.6 does not know the flag.
 
+# Where the daemon of this machine asks its own member. etcd makes the file where it runs, under the
+# name that looks like an address: 3.4 takes nothing else.
+SOCKET_NAME = "etcd.sock:0"
+SOCKET_URL = f"unix://{SOCKET_NAME}"
+
 _PROXY_VARIABLES = frozenset({"http_proxy", "https_proxy", "all_proxy", "no_proxy"})
 
 
@@ -68,6 +73,7 @@ class EtcdProcess:
     def __init__(self, state_directory: Path) -> None:
         self.data_directory = state_directory / "etcd"
         self.log_path = state_directory / "etcd.log"
+        self.socket_path = state_directory / SOCKET_NAME
         self._pid_path = state_directory / "etcd.pid"
         self._child: subprocess.Popen[bytes] | None = None
         self._log_start = 0  # where the last child's part of the log begins
@@ -97,6 +103,7 @@ class EtcdProcess:
         setpriv = _program("setpriv", "util-linux")
         self.data_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.bound_log()
+        self.socket_path.unlink(missing_ok=True)  # of one that was killed
         command = [setpriv, "--pdeathsig", "TERM", etcd, self._data_argument, *_OPTIONS, *arguments]
         with self.log_path.open("ab") as log_file:
             self._log_start = log_file.tell()
@@ -107,6 +114,8 @@ class EtcdProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,
+                cwd=self.socket_path.parent,
+                umask=0o077,  # the socket is for whom the state directory is for
                 env=_environment(),
                 start_new_session=True,
             )

@@ -114,6 +114,26 @@ async def leader_of(store: EtcdStore, members: list[EtcdMember]) -> EtcdMember:
 
 
 @pytest.mark.etcd
+def test_a_member_of_this_machine_is_reached_through_its_socket(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path, 1) as ([member], store):
+            path = member.process.socket_path
+            assert path.stat().st_mode & 0o077 == 0
+            async with EtcdStore([member.client_endpoint]) as uncertified:
+                with pytest.raises(MetadataUnavailable):
+                    await uncertified.get(b"a")
+                uncertified.reach_through(member.client_endpoint, path)
+                start = await put(uncertified, b"a", b"through the socket")
+                async with uncertified.watch(b"", start) as batches:
+                    assert [event.key for event in await collect(batches, start)] == [b"a"]
+            store.reach_through(member.client_endpoint, tmp_path / "not there")
+            kv = await store.get(b"a")
+            assert kv is not None and kv.value == b"through the socket"
+
+    run(main)
+
+
+@pytest.mark.etcd
 @pytest.mark.parametrize("is_leader", [True, False], ids=["leader", "follower"])
 def test_one_of_three_may_be_killed(tmp_path: Path, is_leader: bool) -> None:
     async def main() -> None:
