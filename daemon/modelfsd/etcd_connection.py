@@ -23,6 +23,7 @@ from modelfsd.etcd_http2 import Http2Client, MessageReceived, Status, StreamEnde
 from modelfsd.socket_paths import short_path
 
 RECEIVE_BYTES = 256 << 10
+RECORD_BYTES = 16 << 10  # the most that one recv gives with TLS: then there is probably more
 CONNECT_SECONDS = 1.0  # for the connection and, with TLS, for the handshake
 UNCONNECTED = "failed to connect"
 
@@ -53,6 +54,7 @@ class EtcdConnection:
         self._protocol = Http2Client()
         self._calls: dict[int, _Call] = {}
         self._is_reading = self._is_sending = False
+        self._is_drained = False  # the last look at the socket has probably taken all there was
         self._failure: str | None = None
         self._is_retired = False
 
@@ -183,7 +185,7 @@ class EtcdConnection:
 
     async def _read(self) -> None:
         """Wait for the socket once, unless something is there already."""
-        if not self._receive() and self._failure is None:
+        if (self._is_drained or not self._receive()) and self._failure is None:
             try:
                 await trio.lowlevel.wait_readable(self._socket)
             except (trio.ClosedResourceError, OSError) as error:
@@ -196,6 +198,7 @@ class EtcdConnection:
         """Take in what has come, without waiting; False if that is nothing, or no more."""
         try:
             data = self._socket.recv(RECEIVE_BYTES)
+            self._is_drained = len(data) < RECORD_BYTES
             events = self._protocol.receive(data)
         except (BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return False
