@@ -296,8 +296,14 @@ class Files:
         return len(data)
 
     async def flush(self, number: int) -> None:
-        """close() of a descriptor, or fsync(): commit what was written through this file."""
+        """close() of a descriptor: commit what was written, if this one could write."""
         session = self._handles[number].session
+        if session is not None:
+            await session.flush()
+
+    async def sync(self, number: int) -> None:
+        """fsync(): commit what was written to the file, through whichever handle."""
+        session = self._handles[number].inode.session
         if session is not None:
             await session.flush()
 
@@ -339,7 +345,8 @@ class Files:
         try:
             await self._pusher.drain(inode)
             session.require_sound()
-            await session.ensure_lease()
+            if self._has_name(inode):
+                await session.ensure_lease()
             await session.truncate(size)
             session.copy.mtime_ns = mtime_ns
             await session.flush()

@@ -338,7 +338,7 @@ class Operations(pyfuse3.Operations):
 
     @answers
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self._files.flush(fh)
+        await self._files.sync(fh)
 
     @answers
     async def release(self, fh: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mount_parts import Dirs, in_child, wait_until
+from tests.mount.mount_parts import Dirs, in_child, refused, wait_until
 
 pytestmark = pytest.mark.fuse
 
@@ -87,3 +87,26 @@ def test_removing_and_replacing_files_leaves_no_error_behind(dirs: Dirs) -> None
         assert sync_file_system(root) == ""
     finally:
         os.close(root)
+
+
+def test_an_unlinked_file_is_truncated_through_its_descriptor_s_path(dirs: Dirs) -> None:
+    path = dirs[0] / "file"
+    path.write_bytes(b"0123456789")
+    with path.open("r+b", buffering=0) as file:
+        path.unlink()
+        for size in (4, 0, 6):
+            os.truncate(f"/proc/self/fd/{file.fileno()}", size)
+            assert os.fstat(file.fileno()).st_size == size
+        assert os.pread(file.fileno(), 10, 0) == bytes(6)
+    with refused(errno.ENOENT):
+        os.truncate(path, 1)
+
+
+def test_fsync_through_a_descriptor_for_reading_commits_what_others_wrote(dirs: Dirs) -> None:
+    """`sync FILE` opens it for reading."""
+    here, there = dirs[0] / "file", dirs[1] / "file"
+    here.write_bytes(b"old")
+    with here.open("r+b", buffering=0) as writer, here.open("rb") as reader:
+        writer.write(b"new")
+        os.fsync(reader.fileno())
+        assert there.read_bytes() == b"new"
