@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,6 +65,32 @@ def test_a_stream_finds_its_pages_in_the_kernel(lab: Lab, dirs: Dirs) -> None:
     assert reads * READ_AHEAD_KIB * 1024 <= 2 * size
     assert (dirs[1] / "file").read_bytes() == contents
     assert cost.so_far()[0] == reads
+
+
+def test_a_second_open_costs_its_open_and_close_alone(lab: Lab, dirs: Dirs) -> None:
+    """OPEN asks for the latest version; FLUSH and RELEASE come with every close (RELEASE later)."""
+    contents = make(dirs[0] / "file", 24 * MIB)
+    node = lab.nodes[1]
+    assert (dirs[1] / "file").read_bytes() == contents
+
+    def requests() -> Counter[str]:
+        return Counter({k: n for k, n in ask(node, "counters")["requests"].items() if n})
+
+    def read_again(with_stat: bool) -> dict[str, int]:
+        before = requests()
+        file = os.open(dirs[1] / "file", os.O_RDONLY)
+        if with_stat:
+            os.fstat(file)
+        while os.read(file, MIB):
+            pass
+        os.close(file)
+        asked = dict(requests() - before)
+        asked.pop("release", None)
+        return asked
+
+    assert read_again(False) == {"open": 1, "flush": 1}
+    # After each FLUSH the kernel takes st_blocks for unknown, if it keeps writes back.
+    assert read_again(True) == {"getattr": 1, "open": 1, "flush": 1}
 
 
 def test_a_mapping_that_is_touched_in_order_is_a_stream(lab: Lab, dirs: Dirs) -> None:
