@@ -26,6 +26,7 @@ from modelfsd.cli_security import add_commands
 from modelfsd.config import Config, load_config
 from modelfsd.control import call
 from modelfsd.lab import lab_app
+from modelfsd.printing import complain, plain, plain_lines
 from modelfsd.registry import Registry
 from modelfsd.sdnotify import Notifier
 from modelfsd.stats import stats
@@ -115,11 +116,11 @@ def _launch(config: Config) -> None:
     """Start the daemon in the background, and show what it does meanwhile."""
     console = show.console(sys.stderr)
     if not console.is_terminal:
-        text = launch.launch(config, lambda line: print(line, file=sys.stderr), os.environ)
+        text = launch.launch(config, lambda line: print(plain(line), file=sys.stderr), os.environ)
     else:
         with console.status("starting modelfs") as spinner:
-            text = launch.launch(config, spinner.update, os.environ)
-    print(f"mounted {config.mountpoint}" + (f": {text}" if text else ""))
+            text = launch.launch(config, lambda line: spinner.update(plain(line)), os.environ)
+    print(plain_lines(f"mounted {config.mountpoint}" + (f": {text}" if text else "")))
 
 
 def _run_here(mountpoint: str, given: dict[str, Any]) -> None:
@@ -284,7 +285,7 @@ def recover(
             show.console().print(show.lost_view(copies))
         return
     recovered = recovery.recover(state, name, Path(dest).absolute())
-    print(json.dumps(recovered.as_json(), indent=2) if as_json else recovered.text())
+    print(json.dumps(recovered.as_json(), indent=2) if as_json else plain_lines(recovered.text()))
     if recovered.missing:
         raise SystemExit(EXIT_FAILURE)
 
@@ -319,4 +320,4 @@ def main() -> None:
 
 
 def _complain(error: Exception) -> None:
-    print(f"modelfs: {error}", file=sys.stderr)
+    complain("modelfs", error)

@@ -9,6 +9,7 @@ import typer
 
 from modelfsd.asking import choose_daemon
 from modelfsd.control import call
+from modelfsd.printing import plain
 from modelfsd.registry import Registry
 
 ANSWER_SECONDS = 20.0
@@ -50,8 +51,9 @@ def node_remove(
     """Shut a node out for good: its certificates are refused from now on, by all others."""
     control = choose_daemon(Registry(), state_dir, mount)
     answer = call(control, "remove", REMOVE_SECONDS, name=name)
+    removed = plain(f"{answer['name']} ({answer['node']})")
     print(
-        f"removed {answer['name']} ({answer['node']}): its chunks get new copies, and etcd "
+        f"removed {removed}: its chunks get new copies, and etcd "
         "restarts on one node after the other.\nIf others have had access to its disk, replace the "
         "authority too: modelfs ca rotate"
     )

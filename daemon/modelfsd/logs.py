@@ -2,8 +2,9 @@
 
 On a terminal or in a file a line begins with the time (UTC) and the level. Under systemd (stderr
 is the journal) it begins with the priority as `<4>` instead, and the journal adds the time.
-Line breaks and control characters inside a message, a file's name for example, are escaped, so
-that nobody can forge a line. The lines of a traceback are indented below their event.
+Line breaks and control characters inside a message, a file's name for example, are escaped
+(`printing`), so that nobody can forge a line. The lines of a traceback are indented below their
+event.
 
 What can happen a thousand times a second is logged through `RateLimited`.
 """
@@ -18,6 +19,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TextIO
 
+from modelfsd.printing import plain
+
 LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -27,8 +30,6 @@ LEVELS = {
 LEVEL_VARIABLE = "MODELFS_LOG_LEVEL"
 PREFIXES = ("modelfsd.", "modelfs.")
 LIMITED_KEYS_MAX = 1024  # subjects (peers, files) that one RateLimited remembers
-
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F)} | {10: "\\n", 13: "\\r"}
 
 
 class LineFormatter(logging.Formatter):
@@ -47,11 +48,11 @@ class LineFormatter(logging.Formatter):
         else:
             moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
             head = f"{moment}.{int(record.msecs):03}Z {record.levelname:<7} "
-        line = f"{head}{name}: {record.getMessage().translate(_ESCAPES)}"
+        line = f"{head}{name}: {plain(record.getMessage())}"
         if record.exc_info:
             indent = head if self.journal else "    "
             for text in self.formatException(record.exc_info).splitlines():
-                line += f"\n{indent}| {text.translate(_ESCAPES)}"
+                line += f"\n{indent}| {plain(text)}"
         return line
 
 

@@ -30,9 +30,11 @@ from modelfs.errors import ModelfsError, UserError
 from modelfsd import launch, preflight
 from modelfsd.config import SETTINGS, load_config
 from modelfsd.mount_options import is_option
+from modelfsd.printing import complain
 
 EXIT_USAGE, EXIT_MOUNT_FAILURE = 1, 32
 
+PROGRAM = "mount.fuse.modelfs"
 USAGE = "usage: mount.fuse.modelfs SOURCE MOUNTPOINT [-sfnv] [-o OPTIONS]"
 DEFAULT_SOURCES = frozenset({"modelfs", "none", "fuse.modelfs", ""})
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -71,7 +73,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(_complain(error, EXIT_USAGE))
     if request.unknown:
-        print(f"mount.fuse.modelfs: passed over {', '.join(request.unknown)}", file=sys.stderr)
+        complain(PROGRAM, f"passed over {', '.join(request.unknown)}")
     if request.is_fake:
         return
     try:
@@ -83,7 +85,7 @@ def main() -> None:
 
 
 def _complain(error: ModelfsError, code: int) -> int:
-    print(f"mount.fuse.modelfs: {error}", file=sys.stderr)
+    complain(PROGRAM, error)
     return code
 
 
@@ -92,7 +94,7 @@ def _mount(request: Request) -> None:
 
     def show(line: str) -> None:
         if request.is_verbose:
-            print(f"mount.fuse.modelfs: {line}", file=sys.stderr)
+            complain(PROGRAM, line)
 
     config = preflight.prepare(load_config(request.mountpoint, request.settings))
     environment = {"PATH": SEARCH_PATH, **os.environ}  # mount(8) takes PATH away

@@ -7,20 +7,34 @@ null is shown as a dash. Colours appear on a terminal only.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import Any, TextIO
+from functools import wraps
+from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from modelfsd.lost import LostCopy
+from modelfsd.printing import plain, plain_answer
 from modelfsd.registry import Entry
 from modelfsd.units import format_duration, format_size
 
+Shown = TypeVar("Shown")
+
 PIPE_WIDTH = 240  # columns where there is no terminal: wide enough that no cell is cut
 RANGES_SHOWN_MAX = 6
+
+
+def _of_plain_text(view: Callable[[dict[str, Any]], Shown]) -> Callable[[dict[str, Any]], Shown]:
+    """A view of an answer: it sees none of what might give orders to the terminal."""
+
+    @wraps(view)
+    def shown(answer: dict[str, Any]) -> Shown:
+        return view(plain_answer(answer))
+
+    return shown
 
 
 def console(stream: TextIO | None = None) -> Console:
@@ -30,6 +44,7 @@ def console(stream: TextIO | None = None) -> Console:
     return Console(file=stream, markup=False, highlight=False, emoji=False, width=width)
 
 
+@_of_plain_text
 def status_view(status: dict[str, Any]) -> RenderableType:
     """`modelfs status`."""
     cluster, node = _part(status, "cluster"), _part(status, "node")
@@ -124,6 +139,7 @@ def _nodes_table(nodes: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+@_of_plain_text
 def info_view(info: dict[str, Any]) -> RenderableType:
     """`modelfs info PATH`."""
     facts = _facts()
@@ -167,6 +183,7 @@ def _holders_table(nodes: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+@_of_plain_text
 def versions_view(answer: dict[str, Any]) -> RenderableType:
     """`modelfs info PATH --versions`."""
     facts = _facts()
@@ -200,6 +217,7 @@ def versions_view(answer: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+@_of_plain_text
 def restored_text(answer: dict[str, Any]) -> str:
     """`modelfs restore PATH --version N`."""
     size = f" ({_size(answer.get('size'))})" if answer.get("type") == "file" else ""
@@ -207,6 +225,7 @@ def restored_text(answer: dict[str, Any]) -> str:
     return f"restored version {restored} of {_said(answer.get('path'))} as version {number}{size}"
 
 
+@_of_plain_text
 def policy_view(answer: dict[str, Any]) -> RenderableType:
     """`modelfs policy PATH`."""
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -252,13 +271,15 @@ def lost_view(copies: Sequence[LostCopy]) -> RenderableType:
         when = datetime.fromtimestamp(copy.written_at).strftime("%Y-%m-%d %H:%M:%S")
         why = f"{copy.why} (still open)" if copy.is_open else copy.why
         path, node = _said(copy.path or None), _said(copy.node or None)
-        table.add_row(copy.name, path, node, when, format_size(copy.size), _said(why))
+        table.add_row(_said(copy.name), path, node, when, format_size(copy.size), _said(why))
     return table
 
 
 def daemons_text(entries: Sequence[Entry]) -> str:
     """The daemons of this machine, one line each."""
-    return "\n".join(f"  {entry.mountpoint}  ({entry.name}, pid {entry.pid})" for entry in entries)
+    return "\n".join(
+        f"  {_said(entry.mountpoint)}  ({_said(entry.name)}, pid {entry.pid})" for entry in entries
+    )
 
 
 def _facts() -> Table:
@@ -274,8 +295,7 @@ def _part(answer: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _said(value: object) -> str:
-    """A value as text; bytes of a name that are not UTF-8 become question marks."""
-    return "-" if value is None else str(value).encode("utf-8", "replace").decode()
+    return "-" if value is None else plain(str(value))
 
 
 def _size(value: object) -> str:

@@ -24,6 +24,7 @@ from modelfs.errors import UserError
 from modelfsd import show
 from modelfsd.asking import ANSWER_SECONDS, ask_about, choose_daemon
 from modelfsd.control import call
+from modelfsd.printing import plain
 from modelfsd.registry import Registry
 from modelfsd.stages import NOTHING, STAGES, Latencies
 from modelfsd.units import format_size
@@ -87,7 +88,8 @@ def node_view(now: Answer, before: Answer | None = None) -> RenderableType:
     spent = difference(now, before)
     seconds = spent["seconds"]
     period = f"the last {seconds:.1f} s" if before else "since the start"
-    parts: list[RenderableType] = [Text(f"node {now.get('node')}, {period}", style="bold")]
+    title = plain(f"node {now.get('node')}, {period}")
+    parts: list[RenderableType] = [Text(title, style="bold")]
     for kind, heading in KINDS:
         table = _table(heading, "RATE" if before else "COUNT", "P50", "P90", "P99", "TIME", "")
         for name, found in spent[kind].items():
@@ -128,7 +130,7 @@ def use_view(answer: Answer) -> RenderableType:
     facts = Table.grid(padding=(0, 2, 0, 0))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
-    facts.add_row("path", str(answer["path"]).encode("utf-8", "replace").decode())
+    facts.add_row("path", plain(str(answer["path"])))
     facts.add_row("version", f"{answer['version']} ({format_size(answer['size'])})")
     reads, streams = answer["read_requests"], answer["stream_requests"]
     facts.add_row("opened", f"{answer['opens']:,} times")
