@@ -157,6 +157,12 @@ class KeyRing:
             raise self._damaged(error) from error
         return Keys(trusted, authority, self.own_key(), node, client)
 
+    def ends(self) -> tuple[float, float]:
+        """When our certificates, and that of who signs them, end (Unix seconds)."""
+        keys = self.load()
+        ours = min(keys.node.not_valid_after_utc, keys.client.not_valid_after_utc)
+        return ours.timestamp(), keys.authority.certificate.not_valid_after_utc.timestamp()
+
     def remove(self) -> None:
         """Forget all: the cluster was never founded, or joining it failed."""
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -274,6 +274,7 @@ class Node:
             lambda: self._warnings,
             os.getpid(),
             lambda: asdict(self._upkeep.statistics()),
+            self._tls.keys.ends,
         )
         if kept := self._writer.keep_leftovers():
             lost_dir = self._writer.lost_dir

@@ -9,8 +9,9 @@ What is to be trusted stands in etcd, under `security/trust`, and grows by a ste
                                                 is refused, and so are its tokens
 
 A step is begun when every living node has said that it has taken the one before (a key for each
-under `security/at/`). Whoever dies in the middle leaves a state in which all works; the command
-goes on from there. A node that was down comes back with a token, as the node that it was.
+under `security/at/`). Whoever dies in the middle leaves a state in which all works; the command,
+given on any node, goes on from there; if the new key has died with its maker, with another one. A
+node that was down comes back with a token, as the node that it was.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class Rotation:
             trust = trust_of(self._mirror)
             if trust is None or len(trust.certificates) == 1:
                 trust = await self._begin(trust)
-            elif trust.signer == 0 and trust.holder != self._identity.node:
+            elif trust.holder != self._identity.node and (
+                trust.signer == 0 or self._is_lost(trust)
+            ):
                 trust = await self._begin(trust)  # its key may be lost with its holder
             await self._all_follow(trust)
             if trust.signer == 0:
@@ -100,6 +103,11 @@ class Rotation:
         fingerprint = pki.fingerprint(trust.open()[1]).hex()
         log.warning("the authority of the cluster was replaced: %s", fingerprint)
         return {"fingerprint": fingerprint, "nodes": len(self._mirror.nodes)}
+
+    def _is_lost(self, trust: Trust) -> bool:
+        """Whether nobody who lives has the key of who should sign: its maker died before."""
+        living = self._mirror.nodes
+        return trust.holder not in living and all(self._step_of(n) < trust.step for n in living)
 
     def _refuse_without_all(self) -> None:
         latest = self._mirror.latest_map

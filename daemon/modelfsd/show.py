@@ -74,6 +74,8 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     facts.add_row("copies", copies)
     facts.add_row("upkeep", _upkeep_line(_part(status, "upkeep")))
     facts.add_row("etcd", _etcd_line(_part(status, "etcd")))
+    if isinstance(ends := status.get("certificate_ends_at"), int | float):
+        facts.add_row("certificate", f"until {_time(int(ends * 1e9))}, renewed before that")
     parts: list[RenderableType] = [facts, _nodes_table(status.get("nodes") or [])]
     if limits := status.get("limits"):
         facts.add_row("limits", "; ".join(map(_said, limits)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import time
 from collections.abc import Callable, Iterable
 from itertools import groupby, islice
 from typing import Any
@@ -28,6 +29,9 @@ FILES_COUNTED_MAX = 10_000  # whose replicas `status` counts; beyond that it say
 DB_QUOTA_BYTES = 8 << 30  # as given to the embedded etcd
 ETCD_SECONDS = 2.0
 UNREADABLE_SHOWN_MAX = 20
+DAY_SECONDS = 86_400.0
+CERTIFICATE_DAYS_WARN = 20  # they last 90, and are renewed with 30 left
+AUTHORITY_DAYS_WARN = 180
 
 TYPES = {
     stat.S_IFREG: "file",
@@ -55,12 +59,13 @@ class Status:
         warnings: Callable[[], list[str]],
         pid: int,
         upkeep: Callable[[], dict[str, Any]] = dict,
+        key_ends: Callable[[], tuple[float, float]] | None = None,
     ) -> None:
         self._config, self._identity = config, identity
         self._namespace, self._mirror = namespace, namespace.mirror
         self._store, self._chunks, self._contents = store, chunks, contents
         self._is_attached, self._warnings, self._pid = is_attached, warnings, pid
-        self._upkeep = upkeep
+        self._upkeep, self._key_ends = upkeep, key_ends
 
     # ------------------------------------------------------------ status
 
@@ -70,6 +75,7 @@ class Status:
         nodes = self._nodes({member.name for member in members if not member.is_learner})
         under_replicated = await self._count_under_replicated()
         placement = self._mirror.latest_map
+        ends = await trio.to_thread.run_sync(self._key_ends) if self._key_ends else None
         return {
             "cluster": {"id": self._identity.cluster, "name": self._identity.cluster_name},
             "node": {"id": self._identity.node, "name": self._config.name, "pid": self._pid},
@@ -87,13 +93,19 @@ class Status:
             "chunks_under_replicated": under_replicated,
             "upkeep": self._upkeep(),
             "limits": self._limits(),
+            "certificate_ends_at": ends[0] if ends else None,
+            "authority_ends_at": ends[1] if ends else None,
             "unreadable_records": [
                 {"key": key.decode(errors="backslashreplace"), "reason": reason}
                 for key, (reason, _) in islice(
                     self._mirror.unreadable.items(), UNREADABLE_SHOWN_MAX
                 )
             ],
-            "warnings": [*self._warnings(), *self._judge(nodes, members, under_replicated, etcd)],
+            "warnings": [
+                *self._warnings(),
+                *self._judge(nodes, members, under_replicated, etcd),
+                *(judge_keys(*ends, time.time()) if ends else ()),
+            ],
         }
 
     def _limits(self) -> list[str]:
@@ -305,6 +317,23 @@ class Status:
             "chunk_count": len(held),
             "bytes": sum(sizes),
         }
+
+
+def judge_keys(certificate_ends_at: float, authority_ends_at: float, now: float) -> list[str]:
+    """What to warn of. Certificates are renewed with a third of their life left (`pki`)."""
+    warnings = []
+    days = (certificate_ends_at - now) / DAY_SECONDS
+    if days < CERTIFICATE_DAYS_WARN:
+        warnings.append(
+            f"this node's certificate ends in {days:.0f} days and should have been renewed: its "
+            "log says why it was not; without one, no other node will talk to it"
+        )
+    days = (authority_ends_at - now) / DAY_SECONDS
+    if days < AUTHORITY_DAYS_WARN:
+        warnings.append(
+            f"the cluster's authority ends in {days:.0f} days: replace it with `modelfs ca rotate`"
+        )
+    return warnings
 
 
 def _names(entries: Entries) -> list[bytes]:

@@ -17,6 +17,7 @@ from modelfs.ports import Event
 from modelfsd import identity as identities
 from modelfsd.pki import Party
 from modelfsd.security import Removed, Security
+from modelfsd.status import judge_keys
 from modelfsd.tls import Tls
 from tests.daemon.peer_parts import CLIENT, SERVER, Served, served
 from tests.pki_parts import CLUSTER, key_ring, tls_of
@@ -102,3 +103,16 @@ async def test_a_node_that_was_removed_ends_and_remembers_it(tmp_path: Path) -> 
         with pytest.raises(Removed, match="join as a new node with a token"):
             await driver.run()
     assert identities.is_removed(tmp_path)
+
+
+def test_an_end_of_keys_that_comes_near_is_warned_of(tmp_path: Path) -> None:
+    ring, now = key_ring(SERVER, directory=tmp_path), time.time()
+    certificate_ends, authority_ends = ring.ends()
+    assert 89 * DAY < certificate_ends - now <= 90 * DAY < authority_ends - now
+    assert judge_keys(certificate_ends, authority_ends, now) == []
+    # Renewed with 30 days left: until 20 there is nothing to say.
+    assert judge_keys(certificate_ends, authority_ends, certificate_ends - 21 * DAY) == []
+    [warning] = judge_keys(certificate_ends, authority_ends, certificate_ends - 19 * DAY)
+    assert "certificate ends in 19 days" in warning
+    [warning] = judge_keys(2 * authority_ends, authority_ends, authority_ends - 100 * DAY)
+    assert "modelfs ca rotate" in warning
