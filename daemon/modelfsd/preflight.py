@@ -15,6 +15,7 @@ import shutil
 import stat
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def prepare(config: Config) -> Config:
             "name another one with --state-dir"
         )
     _make_state_dir(state_dir)
+    check_state(state_dir, os.geteuid())
     return replace(config, mountpoint=mountpoint, state_dir=state_dir)
 
 
@@ -76,6 +78,39 @@ def _make_state_dir(state_dir: Path) -> None:
         raise UserError(
             f"the state directory {state_dir} cannot be written to: "
             "change its owner, or name another one with --state-dir"
+        )
+
+
+def check_state(state_dir: Path, euid: int) -> None:
+    """What is in the state directory is ours, at its place, and nobody else's to write.
+
+    A link would make us write, or delete, where somebody else wants it. Nor could `chunks` be one,
+    to another disk: what is staged becomes a chunk by a rename.
+    """
+    with os.scandir(state_dir) as entries:
+        for entry in entries:
+            if entry.name == "lost+found":
+                continue  # the file system's own, where a disk is given as a whole
+            with suppress(FileNotFoundError):  # a socket of a daemon that is just ending
+                _check_part(entry, state_dir, euid)
+
+
+def _check_part(entry: os.DirEntry[str], state_dir: Path, euid: int) -> None:
+    status = entry.stat(follow_symlinks=False)
+    if stat.S_ISLNK(status.st_mode):
+        raise UserError(
+            f"{entry.path} is a symbolic link: put back what was there. The parts of a state "
+            "directory belong on one file system; name one on another disk with --state-dir"
+        )
+    if status.st_uid != euid:
+        raise UserError(
+            f"{entry.path} belongs to user {status.st_uid}, and this is user {euid}: run as "
+            "that user, or look what it is and change its owner"
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISSOCK(status.st_mode):
+        raise UserError(
+            f"{entry.path} can be written to by others (mode {stat.S_IMODE(status.st_mode):o}):"
+            f" make sure that it is as it was, then chmod -R go= {state_dir}"
         )
 
 

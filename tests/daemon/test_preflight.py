@@ -116,3 +116,38 @@ def test_a_full_disk_stops_a_new_node_only(config: Config, monkeypatch: pytest.M
         preflight.check_free_space(state_dir)
     (state_dir / "chunks").mkdir()
     preflight.check_free_space(state_dir)
+
+
+# ---------------------------------------------------------------- what is in the state directory
+
+PARTS = ["node.json", "pki", "staging", "lost", "chunks", "etcd", "lock", "namespace.sqlite"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_link_in_the_state_directory_is_refused(
+    config: Config, tmp_path: Path, part: str
+) -> None:
+    state_dir = preflight.prepare(config).state_dir
+    target = tmp_path / "elsewhere"
+    target.write_text("precious")
+    (state_dir / part).symlink_to(target)
+    with pytest.raises(UserError, match="symbolic link"):
+        preflight.prepare(config)
+    assert target.read_text() == "precious"
+    (state_dir / part).unlink()
+    (state_dir / part).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="symbolic link"):
+        preflight.prepare(config)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_others_own_or_may_write_is_refused(config: Config, part: str) -> None:
+    state_dir = preflight.prepare(config).state_dir
+    (state_dir / part).mkdir(mode=0o700)
+    preflight.prepare(config)
+    with pytest.raises(UserError, match="belongs to user"):
+        preflight.check_state(state_dir, os.geteuid() + 1)
+    for mode in (0o770, 0o702):
+        (state_dir / part).chmod(mode)
+        with pytest.raises(UserError, match="written to by others"):
+            preflight.prepare(config)
