@@ -102,6 +102,10 @@ class AttributeNotSupported(NamespaceError):
     """Extended attributes of this kind are not kept."""
 
 
+class InvalidAttributeName(NamespaceError):
+    """The name of an extended attribute is a namespace alone."""
+
+
 class StaleHandle(NamespaceError):
     """The kernel asked about an inode that its name no longer means: it must look up again."""
 

@@ -19,6 +19,7 @@ from modelfs.changes import Plan
 from modelfs.errors import (
     AttributeNotSupported,
     AttributesTooLarge,
+    InvalidAttributeName,
     NoSuchAttribute,
     NoSuchEntry,
 )
@@ -39,7 +40,9 @@ FRAME_BYTES = 8  # MessagePack's heads of a name and a value, at most
 
 
 def check_supported(name: bytes) -> None:
-    """Raises `AttributeNotSupported`."""
+    """Raises `AttributeNotSupported` and `InvalidAttributeName`."""
+    if name in NAMESPACES:
+        raise InvalidAttributeName(name)
     if not name.startswith(NAMESPACES):
         raise AttributeNotSupported(name)
 
@@ -58,24 +61,31 @@ def visible(record: Inode, is_root: bool) -> list[bytes]:
     return [name for name in record.xattrs if is_root or not name.startswith(b"trusted.")]
 
 
-def set_xattr(
-    mirror: Mirror, ino: InodeNumber, name: bytes, value: bytes | None, now_ns: int
-) -> Plan[Inode]:
-    """Set an attribute, or remove it (None). Moves ctime, and nothing else of the view.
+def changed_xattrs(record: Inode, name: bytes, value: bytes | None, now_ns: int) -> Inode:
+    """A record after an attribute was set, or removed (None). Moves ctime, and nothing else.
 
-    Raises `NoSuchEntry`, `AttributeNotSupported`, `NoSuchAttribute` and `AttributesTooLarge`.
+    Raises `AttributeNotSupported`, `InvalidAttributeName`, `NoSuchAttribute` and
+    `AttributesTooLarge`.
     """
     check_supported(name)
-    row, record = mirror.inode_row(ino), mirror.inode(ino)
-    if row is None or record is None:
-        raise NoSuchEntry(ino)
     xattrs = dict(record.xattrs)
     if value is not None:
         xattrs[name] = value
         _check_size(xattrs, name, value)
     elif xattrs.pop(name, None) is None:
         raise NoSuchAttribute(name)
-    changed = replace(record, xattrs=xattrs, ctime_ns=now_ns)
+    return replace(record, xattrs=xattrs, ctime_ns=now_ns)
+
+
+def set_xattr(
+    mirror: Mirror, ino: InodeNumber, name: bytes, value: bytes | None, now_ns: int
+) -> Plan[Inode]:
+    """Set an attribute, or remove it. Raises `NoSuchEntry`, and what `changed_xattrs` does."""
+    check_supported(name)
+    row, record = mirror.inode_row(ino), mirror.inode(ino)
+    if row is None or record is None:
+        raise NoSuchEntry(ino)
+    changed = changed_xattrs(record, name, value, now_ns)
     encoded = encode(changed)
     if len(encoded) > RECORD_BYTES_MAX:
         raise AttributesTooLarge(name)

@@ -24,6 +24,7 @@ ERRNO: dict[type[ModelfsError], int] = {
     errors.NoSuchAttribute: errno.ENODATA,
     errors.AttributesTooLarge: errno.ENOSPC,
     errors.AttributeNotSupported: errno.EOPNOTSUPP,
+    errors.InvalidAttributeName: errno.EINVAL,
     errors.StaleHandle: errno.ESTALE,
     errors.WriterElsewhere: errno.EBUSY,
     errors.RemoteError: errno.EIO,

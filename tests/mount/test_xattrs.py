@@ -110,17 +110,6 @@ def test_what_is_set_on_a_file_that_changed_elsewhere_is_set_on_that_file(
     assert os.getxattr(two / "file", "user.a") == b"1"
 
 
-def test_an_open_file_that_was_unlinked_has_those_it_had(pair: tuple[Path, Path]) -> None:
-    path = pair[0] / "file"
-    path.write_bytes(b"x")
-    os.setxattr(path, "user.a", b"1")
-    with path.open("r+b") as file:
-        path.unlink()
-        assert os.getxattr(file.fileno(), "user.a") == b"1"
-        with refused(errno.ENOENT):
-            os.setxattr(file.fileno(), "user.a", b"2")
-
-
 def test_the_bounds_are_those_of_linux(pair: tuple[Path, Path]) -> None:
     path = pair[0] / "file"
     path.write_bytes(b"contents")
@@ -203,3 +192,28 @@ def test_status_says_whether_a_mount_has_them(lab: Lab, xattr_lab: Lab) -> None:
     assert any("-o xattr" in limit for limit in without)
     assert not any("xattr" in limit for limit in having)
     assert any("flock" in limit for limit in having)
+
+
+def test_an_unlinked_file_keeps_and_takes_them_until_its_last_close(
+    pair: tuple[Path, Path],
+) -> None:
+    path = pair[0] / "file"
+    path.touch()
+    os.setxattr(path, "user.a", b"1")
+    with path.open("rb") as file:
+        path.unlink()
+        os.setxattr(file.fileno(), "user.b", b"2")
+        assert sorted(os.listxattr(file.fileno())) == ["user.a", "user.b"]
+        os.removexattr(file.fileno(), "user.a")
+        assert os.listxattr(file.fileno()) == ["user.b"]
+        assert os.getxattr(file.fileno(), "user.b") == b"2"
+
+
+def test_a_namespace_alone_is_no_name(pair: tuple[Path, Path]) -> None:
+    path = pair[0] / "file"
+    path.touch()
+    for name in ("user.", "trusted.", "security."):
+        with refused(errno.EINVAL):
+            os.setxattr(path, name, b"1")
+        with refused(errno.EINVAL):
+            os.getxattr(path, name)
