@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Annotated
 
@@ -37,7 +38,11 @@ async def found_in(store: EtcdStore, claim: Claim, data_tls: bool | None) -> Clu
         claim.cluster, claim.name, FORMAT, claim.founded_at, data_tls is not False
     )
     now_ns = time.time_ns()
-    root = Inode(mode=0o40755, uid=0, gid=0, atime_ns=now_ns, mtime_ns=now_ns, ctime_ns=now_ns)
+    # Of who founds it: where no node runs as root, nobody could give it away.
+    user, group = os.geteuid(), os.getegid()
+    root = Inode(
+        mode=0o40755, uid=user, gid=group, atime_ns=now_ns, mtime_ns=now_ns, ctime_ns=now_ns
+    )
     absent = Compare(keys.CLUSTER, Target.CREATE, Revision(0))
     puts = (
         Put(keys.CLUSTER, msgspec.msgpack.encode(record)),
