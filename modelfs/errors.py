@@ -6,6 +6,7 @@
     │   ├── NoSuchEntry · EntryExists · DirectoryNotEmpty · NotDirectory · IsDirectory
     │   ├── NameTooLong · FileTooLarge · InvalidMove · TooManyLinks · NotPermitted
     │   ├── AccessDenied · NoSuchAttribute · AttributesTooLarge · AttributeNotSupported
+    │   ├── InvalidAttributeName
     │   ├── StaleHandle         the name means something newer by now: look it up again
     │   └── WriterElsewhere     another node is writing this file
     ├── RemoteError             a peer, a disk or etcd let us down
