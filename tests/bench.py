@@ -26,10 +26,11 @@ from types import FrameType
 from typing import Any
 
 from modelfs.errors import ModelfsError, UserError
-from modelfsd import control, mounts
-from modelfsd.lab import Lab
+from modelfsd import mounts
+from modelfsd.commands import control
+from modelfsd.commands.stats import difference
+from modelfsd.lab.cluster import Lab
 from modelfsd.stages import Latencies
-from modelfsd.stats import difference
 from tests import bench_gluster, bench_stages
 from tests.bench_places import LocalDisk, Modelfs, Place
 from tests.bench_report import Results, environment, report

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from modelfs.errors import UserError
-from modelfsd import lab_processes, mounts
+from modelfsd import mounts
+from modelfsd.lab import processes as lab_processes
 from tests.bench_places import Place, drop_page_cache, warm_files
 
 COMMAND_SECONDS = 120.0

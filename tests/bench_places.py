@@ -18,9 +18,10 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 
-from modelfsd import control, lab_processes
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.commands import control
+from modelfsd.lab import processes as lab_processes
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 
 MIB = 1 << 20
 TICKS = os.sysconf("SC_CLK_TCK")

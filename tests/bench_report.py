@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from modelfs import __version__
-from modelfsd import mounts, show
+from modelfsd import mounts
+from modelfsd.commands import show
 from tests.bench_places import machine_cpu
 from tests.bench_work import Work
 

@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 
 from modelfs.ids import ClusterId, NodeId
-from modelfsd import pki
-from modelfsd.etcd_tls import EtcdTls
-from modelfsd.keyring import KeyRing
-from modelfsd.pki import Authority, Party
-from modelfsd.tls import Tls
+from modelfsd.etcd.tls import EtcdTls
+from modelfsd.trust import pki
+from modelfsd.trust.keyring import KeyRing
+from modelfsd.trust.pki import Authority, Party
+from modelfsd.trust.tls import Tls
 
 CLUSTER = ClusterId("c" * 16)
 

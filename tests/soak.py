@@ -28,9 +28,9 @@ from threading import Thread
 from typing import Any
 
 from modelfs.limits import PUT_PATIENCE_SECONDS
-from modelfsd import lab_processes
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab import processes as lab_processes
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.soak_workers import FILES, Board, Torn, create_files, number_in
 
 ROOT = Path(__file__).parents[1]

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 
 import modelfs
+import modelfsd
 from modelfs import errors
 
 ROOT = Path(__file__).parent.parent
 CORE = sorted(ROOT.glob("modelfs/*.py"))
-DAEMON = sorted(path for path in ROOT.glob("daemon/modelfsd/*.py") if "_pb2" not in path.name)
+DAEMON = sorted(path for path in ROOT.glob("daemon/modelfsd/**/*.py") if "_pb2" not in path.name)
 TESTING = sorted(ROOT.glob("modelfs/testing/**/*.py"))
 TESTS = sorted(ROOT.glob("tests/**/*.py"))
 
@@ -34,11 +35,11 @@ FORBIDDEN_IN_CORE = {
 # What a plan is made of. A plan is a value; carrying it out is the drivers' work.
 PLAN_VALUES = {"Compare", "Delete", "Event", "KeyValue", "Put", "Target", "Txn", "WatchBatch"}
 ONLY_THEY_IMPORT = {  # package -> the modules of modelfsd that may
-    "pyfuse3": r"operations.*|mount|kernel_inodes|notifier|pusher|errnos",
-    "hpack": r"etcd.*",
-    "google": r"etcd.*",
-    "zeroconf": r"discovery",
-    "modelfsd.node": r"cli|launch",
+    "pyfuse3": r"kernel/(operations.*|mount|kernel_inodes|notifier|pusher|errnos)",
+    "hpack": r"etcd/http2",
+    "google": r"etcd/.*",
+    "zeroconf": r"cluster/discovery",
+    "modelfsd.node": r"cli|commands/launch",
     "modelfs.testing": r"(?!)",
 }
 
@@ -92,10 +93,16 @@ def test_the_core_is_pure_and_layered(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DAEMON, ids=lambda path: path.stem)
 def test_each_outside_thing_has_one_door(path: Path) -> None:
+    here = str(path.relative_to(ROOT / "daemon/modelfsd").with_suffix(""))
     for name in imported(path):
         for package, modules in ONLY_THEY_IMPORT.items():
             if name == package or name.startswith(package + "."):
-                assert re.fullmatch(modules, path.stem), f"{path.stem} imports {name}"
+                assert re.fullmatch(modules, here), f"{here} imports {name}"
+
+
+def test_the_map_of_the_node_process_has_every_package() -> None:
+    here = {path.parent.name for path in DAEMON} - {"modelfsd"}
+    assert here == set(re.findall(r"^- `(\w+)`: ", modelfsd.__doc__ or "", re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", [*CORE, *TESTING, *DAEMON, *TESTS], ids=lambda path: path.stem)
@@ -135,7 +142,7 @@ def concrete_errors() -> list[type[errors.ModelfsError]]:
 
 @pytest.mark.parametrize("error", concrete_errors(), ids=lambda error: error.__name__)
 def test_every_error_has_an_errno(error: type[errors.ModelfsError]) -> None:
-    from modelfsd.errnos import ERRNO
+    from modelfsd.kernel.errnos import ERRNO
 
     assert isinstance(ERRNO[error], int)
 

@@ -18,20 +18,20 @@ import typer
 
 import modelfs
 from modelfs.errors import ModelfsError, UserError
-from modelfsd import cli_flags as flags
-from modelfsd import launch, logs, preflight, sdnotify, show
-from modelfsd import recover as recovery
-from modelfsd.asking import ANSWER_SECONDS, ask_about, choose_daemon
-from modelfsd.cli_security import add_commands
+from modelfsd import logs, sdnotify
+from modelfsd.commands import flags, launch, preflight, show
+from modelfsd.commands.asking import ANSWER_SECONDS, ask_about, choose_daemon
+from modelfsd.commands.control import call
+from modelfsd.commands.registry import Registry
+from modelfsd.commands.security import add_commands
+from modelfsd.commands.stats import stats
+from modelfsd.commands.unmounting import unmount_command
 from modelfsd.config import Config, load_config
-from modelfsd.control import call
-from modelfsd.lab import lab_app
+from modelfsd.lab.commands import lab_app
 from modelfsd.printing import complain, plain, plain_lines
-from modelfsd.registry import Registry
 from modelfsd.sdnotify import Notifier
-from modelfsd.stats import stats
 from modelfsd.units import format_size
-from modelfsd.unmounting import unmount_command
+from modelfsd.writing import recover as recovery
 
 log = logging.getLogger(__name__)
 

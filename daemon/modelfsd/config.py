@@ -43,7 +43,7 @@ from modelfsd.addresses import (
     resolve_listen,
 )
 from modelfsd.mount_options import MountOptions, parse_options
-from modelfsd.tokens import Token, read_token
+from modelfsd.trust.tokens import Token, read_token
 from modelfsd.units import parse_duration, parse_size
 
 CONFIG_FILE = Path("/etc/modelfs/modelfs.toml")

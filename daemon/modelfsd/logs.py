@@ -28,7 +28,6 @@ LEVELS = {
     "error": logging.ERROR,
 }
 LEVEL_VARIABLE = "MODELFS_LOG_LEVEL"
-PREFIXES = ("modelfsd.", "modelfs.")
 LIMITED_KEYS_MAX = 1024  # subjects (peers, files) that one RateLimited remembers
 
 
@@ -40,9 +39,7 @@ class LineFormatter(logging.Formatter):
         self.journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        name = record.name
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
+        name = record.name.rpartition(".")[2]
         if self.journal:
             head = f"<{_priority(record.levelno)}>"
         else:

@@ -26,53 +26,53 @@ from modelfs.errors import ModelfsError, UserError
 from modelfs.ids import ROOT_INODE
 from modelfs.mirror import Change, NodeChanged
 from modelfs.policy import Rules
-from modelfsd import identity as identities
-from modelfsd.access_times import AccessTimes
-from modelfsd.admission import Admission
-from modelfsd.announcements import Announcement
-from modelfsd.bootstrap import Bootstrap, Entered
-from modelfsd.cache_drop import CacheDrop
-from modelfsd.chunks import Chunks
+from modelfsd.cluster.announcements import Announcement
+from modelfsd.cluster.bootstrap import Bootstrap, Entered
+from modelfsd.cluster.discovery import Discovery
+from modelfsd.cluster.membership import Membership, Self
+from modelfsd.cluster.removal import Removal
+from modelfsd.commands.control import ControlServer
+from modelfsd.commands.measures import Measures
+from modelfsd.commands.pages import serve_pages
+from modelfsd.commands.status import Status
 from modelfsd.config import Config
-from modelfsd.contents import Contents
-from modelfsd.control import ControlServer
-from modelfsd.discovery import Discovery
-from modelfsd.disk import DiskChunkStore
-from modelfsd.feed import Feed, load_namespace
-from modelfsd.files import Files, settle
-from modelfsd.group_commit import GroupCommit
-from modelfsd.history import History
-from modelfsd.joining import ENDPOINTS_MAX
-from modelfsd.kernel_cache import KernelCache
-from modelfsd.kernel_inodes import KernelInodes
-from modelfsd.leases import Leases
-from modelfsd.measures import Measures
-from modelfsd.membership import Membership, Self
+from modelfsd.kernel.access_times import AccessTimes
+from modelfsd.kernel.cache_drop import CacheDrop
+from modelfsd.kernel.files import Files, settle
+from modelfsd.kernel.kernel_cache import KernelCache
+from modelfsd.kernel.kernel_inodes import KernelInodes
+from modelfsd.kernel.mount import FuseMount
+from modelfsd.kernel.notifier import Notifier
+from modelfsd.kernel.operations import Operations
+from modelfsd.kernel.pusher import Pusher
+from modelfsd.kernel.space import Space
+from modelfsd.kernel.tree import Tree
 from modelfsd.memory import keep_heap, read_memory_bytes
-from modelfsd.mount import FuseMount
+from modelfsd.metadata.feed import Feed, load_namespace
+from modelfsd.metadata.group_commit import GroupCommit
+from modelfsd.metadata.history import History
+from modelfsd.metadata.leases import Leases
+from modelfsd.metadata.namespace import Namespace
+from modelfsd.metadata.policies import Policies
+from modelfsd.metadata.replica_file import ReplicaFile
+from modelfsd.metadata.retention import Retention
 from modelfsd.mounts import MountBusy
-from modelfsd.namespace import Namespace
-from modelfsd.notifier import Notifier
-from modelfsd.operations import Operations
-from modelfsd.pages import serve_pages
-from modelfsd.peer_client import PeerClient, ask_member
-from modelfsd.peer_server import PeerServer
-from modelfsd.policies import Policies
-from modelfsd.pusher import Pusher
-from modelfsd.recovery_service import RecoveryService
-from modelfsd.removal import Removal
-from modelfsd.repairer import Repairer
-from modelfsd.replica_file import ReplicaFile
-from modelfsd.replicator import Replicator
-from modelfsd.retention import Retention
-from modelfsd.rotation import Rotation
-from modelfsd.security import Security
-from modelfsd.space import Space
-from modelfsd.status import Status
-from modelfsd.tls import Tls
-from modelfsd.tree import Tree
-from modelfsd.upkeep import Upkeep, UpkeepParts
-from modelfsd.writer import Writer
+from modelfsd.peers.client import PeerClient, ask_member
+from modelfsd.peers.server import PeerServer
+from modelfsd.storage.chunks import Chunks
+from modelfsd.storage.contents import Contents
+from modelfsd.storage.disk import DiskChunkStore
+from modelfsd.storage.repairer import Repairer
+from modelfsd.storage.replicator import Replicator
+from modelfsd.storage.upkeep import Upkeep, UpkeepParts
+from modelfsd.trust import identity as identities
+from modelfsd.trust.admission import Admission
+from modelfsd.trust.joining import ENDPOINTS_MAX
+from modelfsd.trust.rotation import Rotation
+from modelfsd.trust.security import Security
+from modelfsd.trust.tls import Tls
+from modelfsd.writing.recovery_service import RecoveryService
+from modelfsd.writing.writer import Writer
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from modelfs.limits import MIB
 from modelfs.ports import ChunkStore
 from modelfs.testing.contract_chunks import ChunkStoreContract
 from modelfs.testing.stores import MemoryChunkStore
-from modelfsd.disk import DiskChunkStore
+from modelfsd.storage.disk import DiskChunkStore
 
 
 class TestMemoryChunkStore(ChunkStoreContract):

@@ -15,8 +15,8 @@ from modelfs.ids import NodeId, Revision
 from modelfs.ports import Compare, Delete, MetadataStore, Put, Target, Txn
 from modelfs.testing.contract_metadata import METADATA_CLAIMS, Claim, collect, put
 from modelfs.testing.metadata import CommitFault, MemoryMetadataStore
-from modelfsd.etcd import EtcdStore
-from modelfsd.etcd_member import EtcdMember
+from modelfsd.etcd.member import EtcdMember
+from modelfsd.etcd.store import EtcdStore
 from tests.pki_parts import etcd_tls
 
 HANG_SECONDS = 60  # a guard only

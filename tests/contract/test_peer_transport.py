@@ -12,8 +12,8 @@ from modelfs.ids import ChunkId, NodeId
 from modelfs.ports import ChunkStore, Holding
 from modelfs.testing.contract_chunks import Open, PeersUnderTest, PeerTransportContract
 from modelfs.testing.stores import MemoryChunkStore, MemoryPeers
-from modelfsd.peer_client import PeerClient
-from modelfsd.peer_server import PeerServer
+from modelfsd.peers.client import PeerClient
+from modelfsd.peers.server import PeerServer
 from tests.pki_parts import tls_of
 
 NODES = (NodeId("1" * 16), NodeId("2" * 16))

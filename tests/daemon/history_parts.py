@@ -10,8 +10,8 @@ from modelfs import changes, keys
 from modelfs.ids import ROOT_INODE, Revision
 from modelfs.policy import NANOSECONDS
 from modelfs.ports import KeyValue
-from modelfsd.history import History
-from modelfsd.retention import Retention
+from modelfsd.metadata.history import History
+from modelfsd.metadata.retention import Retention
 from tests.daemon.node_parts import Node
 
 HOUR_NS = 3600 * NANOSECONDS

@@ -24,18 +24,18 @@ from modelfs.placement import Member, make_map
 from modelfs.ports import Put, Txn
 from modelfs.testing.metadata import MemoryMetadataStore
 from modelfs.testing.stores import MemoryChunkStore, MemoryPeers
-from modelfsd.chunks import Chunks
-from modelfsd.contents import Contents
-from modelfsd.feed import Feed
-from modelfsd.group_commit import GroupCommit
-from modelfsd.kernel_cache import KernelCache
-from modelfsd.kernel_inodes import KernelInode, KernelInodes
-from modelfsd.leases import Leases
-from modelfsd.namespace import Namespace
-from modelfsd.replica_file import ReplicaFile
-from modelfsd.replicator import Replicator
-from modelfsd.write_session import WriteSession
-from modelfsd.writer import Writer
+from modelfsd.kernel.kernel_cache import KernelCache
+from modelfsd.kernel.kernel_inodes import KernelInode, KernelInodes
+from modelfsd.metadata.feed import Feed
+from modelfsd.metadata.group_commit import GroupCommit
+from modelfsd.metadata.leases import Leases
+from modelfsd.metadata.namespace import Namespace
+from modelfsd.metadata.replica_file import ReplicaFile
+from modelfsd.storage.chunks import Chunks
+from modelfsd.storage.contents import Contents
+from modelfsd.storage.replicator import Replicator
+from modelfsd.writing.write_session import WriteSession
+from modelfsd.writing.writer import Writer
 
 CHUNK = CHUNK_BYTES_MIN  # of the tests' files: their first eight chunks have 64 KiB
 IDS = [NodeId(digit * 16) for digit in "abcd"]

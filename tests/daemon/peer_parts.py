@@ -16,10 +16,10 @@ from modelfs import wire
 from modelfs.chunk import ChunkRef, describe
 from modelfs.ids import NodeId
 from modelfs.testing.stores import MemoryChunkStore
-from modelfsd import peer_session
-from modelfsd.peer_client import PeerClient
-from modelfsd.peer_server import PeerServer
-from modelfsd.tls import Tls
+from modelfsd.peers import session as peer_session
+from modelfsd.peers.client import PeerClient
+from modelfsd.peers.server import PeerServer
+from modelfsd.trust.tls import Tls
 from tests.pki_parts import CLUSTER, tls_of
 
 SERVER, CLIENT = NodeId("1" * 16), NodeId("9" * 16)

@@ -10,8 +10,8 @@ import trio
 
 from modelfs.errors import ChunkMissing
 from modelfs.manifest import PlacedChunk
-from modelfsd.recover import Missing, Rebuild
-from modelfsd.write_session import WriteSession
+from modelfsd.writing.recover import Missing, Rebuild
+from modelfsd.writing.write_session import WriteSession
 from tests.daemon.node_parts import CHUNK, Cluster, Node
 
 FIRST = CHUNK // 4  # the size of the first chunks

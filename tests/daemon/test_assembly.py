@@ -11,9 +11,10 @@ import trio
 from modelfs.chunk import Buffer
 from modelfs.errors import OutOfSpace, WriteLost
 from modelfs.limits import KIB, MIB
-from modelfsd import page_cache, staging, working_copy
-from modelfsd.assembly import AssemblyMemory
-from modelfsd.staging import write_at
+from modelfsd.storage import page_cache
+from modelfsd.writing import staging, working_copy
+from modelfsd.writing.assembly import AssemblyMemory
+from modelfsd.writing.staging import write_at
 from tests.daemon.node_parts import CHUNK, cluster_of
 
 BORDER = 8 * 64 * KIB  # from here on the chunks of the tests' files have CHUNK bytes

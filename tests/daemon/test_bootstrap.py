@@ -22,18 +22,18 @@ from modelfs.ids import ROOT_INODE, ClusterId, NodeId
 from modelfs.inode import decode_inode
 from modelfs.ports import KeyValue, Put, Txn, TxnResult
 from modelfs.testing.metadata import CommitFault, MemoryMetadataStore
-from modelfsd import bootstrap as bootstraps
-from modelfsd import identity as identities
-from modelfsd import pki
 from modelfsd.addresses import HostPort
-from modelfsd.announcements import Announcement, Found
-from modelfsd.bootstrap import Bootstrap, Entered
-from modelfsd.cluster_record import ClusterRecord
+from modelfsd.cluster import bootstrap as bootstraps
+from modelfsd.cluster.announcements import Announcement, Found
+from modelfsd.cluster.bootstrap import Bootstrap, Entered
+from modelfsd.cluster.cluster_record import ClusterRecord
 from modelfsd.config import Config
-from modelfsd.joining import FORMAT, Applicant, Unreachable, Welcome
-from modelfsd.pki import Party
-from modelfsd.tls import Tls
-from modelfsd.tokens import new_token
+from modelfsd.trust import identity as identities
+from modelfsd.trust import pki
+from modelfsd.trust.joining import FORMAT, Applicant, Unreachable, Welcome
+from modelfsd.trust.pki import Party
+from modelfsd.trust.tls import Tls
+from modelfsd.trust.tokens import new_token
 from tests.pki_parts import authority
 
 OURS, THEIRS = ClusterId("c" * 16), ClusterId("d" * 16)

@@ -13,9 +13,9 @@ import pytest
 from rich.console import RenderableType
 
 from modelfs.errors import UserError
-from modelfsd import show
-from modelfsd.asking import choose_daemon
-from modelfsd.registry import Registry
+from modelfsd.commands import show
+from modelfsd.commands.asking import choose_daemon
+from modelfsd.commands.registry import Registry
 
 ROOT = Path(__file__).parents[2]
 

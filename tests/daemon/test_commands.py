@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from modelfsd import mounts
-from modelfsd.launch import wait_for_exit
-from modelfsd.registry import Registry, process_start_ticks
+from modelfsd.commands.launch import wait_for_exit
+from modelfsd.commands.registry import Registry, process_start_ticks
 
 pytestmark = pytest.mark.fuse
 

@@ -11,8 +11,8 @@ import trio
 
 from modelfs.chunk import Buffer, describe
 from modelfs.limits import KIB
-from modelfsd import assembly
-from modelfsd.staging import Pieces, StagedChunk, StagingDirectory
+from modelfsd.writing import assembly
+from modelfsd.writing.staging import Pieces, StagedChunk, StagingDirectory
 from tests.daemon.node_parts import CHUNK, cluster_of
 
 FIRST = CHUNK // 4  # the size of the first chunks
@@ -74,7 +74,7 @@ async def test_a_write_that_completes_a_chunk_leaves_the_bytes_of_one_beside_it(
         return describe(data)
 
     monkeypatch.setattr(StagingDirectory, "write", write_second_chunk_late)
-    monkeypatch.setattr("modelfsd.staging.name_chunk", describe_and_tell)
+    monkeypatch.setattr("modelfsd.writing.staging.name_chunk", describe_and_tell)
     async with cluster_of(2, tmp_path) as cluster:
         await cluster.nodes[0].make_file(b"f")
         session = await cluster.nodes[0].open(b"f")

@@ -19,7 +19,7 @@ from modelfsd.addresses import (
     resolve_listen,
 )
 from modelfsd.config import CONFIG_VARIABLE, Config, load_config
-from modelfsd.tokens import format_token, new_token
+from modelfsd.trust.tokens import format_token, new_token
 
 HOME = {"HOME": "/home/ada"}
 

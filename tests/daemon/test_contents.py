@@ -19,7 +19,7 @@ from modelfs.inode import ManifestRef
 from modelfs.limits import GIB, KIB, MIB
 from modelfs.manifest import Manifest, PlacedChunk
 from modelfs.ports import Holding
-from modelfsd.contents import Contents
+from modelfsd.storage.contents import Contents
 from tests.daemon.node_parts import CHUNK, Cluster, Node, cluster_of
 
 
@@ -199,7 +199,7 @@ async def test_a_file_of_100_gib_is_opened_without_its_manifest(
 async def test_the_manifests_at_hand_are_bounded(
     tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modelfsd.contents.MANIFEST_BYTES_MAX", 200 * KIB)
+    monkeypatch.setattr("modelfsd.storage.contents.MANIFEST_BYTES_MAX", 200 * KIB)
     async with cluster_of(2, tmp_path) as cluster:
         one, two = cluster.nodes
         records = []

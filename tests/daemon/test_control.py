@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from modelfs.errors import NoSuchEntry, UserError
-from modelfsd.control import CLIENTS_MAX, REQUEST_BYTES_MAX, ControlServer, Handler, call
+from modelfsd.commands.control import CLIENTS_MAX, REQUEST_BYTES_MAX, ControlServer, Handler, call
 
 
 async def echo(request: dict[str, Any]) -> dict[str, Any]:

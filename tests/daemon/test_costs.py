@@ -16,9 +16,9 @@ from modelfs.errors import NoSuchEntry
 from modelfs.limits import KIB, MIB
 from modelfs.ports import KeyValue, Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
-from modelfsd.files import Files
-from modelfsd.pusher import Pusher
-from modelfsd.tree import Caller, Tree
+from modelfsd.kernel.files import Files
+from modelfsd.kernel.pusher import Pusher
+from modelfsd.kernel.tree import Caller, Tree
 from tests.daemon.node_parts import Cluster, Node, cluster_of
 
 CALLER = Caller(0, 0, 1)

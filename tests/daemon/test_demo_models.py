@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from modelfs.limits import MIB
-from modelfsd.demo import _time
-from modelfsd.demo_models import (
+from modelfsd.lab.demo import _time
+from modelfsd.lab.demo_models import (
     Workload,
     architecture,
     is_same,

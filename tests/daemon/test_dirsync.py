@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modelfsd.dirsync import DirectorySync
+from modelfsd.storage.dirsync import DirectorySync
 
 
 class RecordingSync(DirectorySync):

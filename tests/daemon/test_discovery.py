@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from modelfs.errors import ProtocolError
 from modelfs.ids import ClusterId, NodeId, is_node_id
-from modelfsd.announcements import FOUNDING, SERVICE, UP, Announcement, Found, Lost, parse
-from modelfsd.discovery import EVENTS_MAX, FOUND_MAX, Discovery
+from modelfsd.cluster.announcements import FOUNDING, SERVICE, UP, Announcement, Found, Lost, parse
+from modelfsd.cluster.discovery import EVENTS_MAX, FOUND_MAX, Discovery
 from tests import needs
 
 HANG_SECONDS = 30  # a guard only
@@ -116,7 +116,7 @@ async def test_without_multicast_it_warns_once_and_finds_nothing(
 
 BESIDE_A_SELFISH_RESPONDER = f"""
 import logging, socket, trio
-from modelfsd.discovery import Discovery
+from modelfsd.cluster.discovery import Discovery
 
 async def main():
     async with Discovery("{FIRST}") as alone:

@@ -17,8 +17,8 @@ from modelfs.chunk import ChunkRef, describe
 from modelfs.errors import ChunkMissing, CorruptChunk, OutOfSpace
 from modelfs.limits import BLOCK_BYTES, MIB
 from modelfs.ports import Holding
-from modelfsd import chunk_file, chunk_tree
-from modelfsd.disk import DiskChunkStore
+from modelfsd.storage import chunk_file, chunk_tree
+from modelfsd.storage.disk import DiskChunkStore
 from tests.needs import small_disk
 
 LENGTH = 2 * BLOCK_BYTES + 1000
@@ -97,7 +97,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_chunks_only(root: Path) -> N
     program = (
         "import sys; from pathlib import Path; from random import Random\n"
         "from modelfs.chunk import describe; from modelfs.ports import Holding\n"
-        "from modelfsd.disk import DiskChunkStore\n"
+        "from modelfsd.storage.disk import DiskChunkStore\n"
         "store = DiskChunkStore(Path(sys.argv[1]), 1 << 20)\n"
         "for seed in range(10_000):\n"
         "    data = Random(seed).randbytes(300_000); ref, table = describe(data)\n"

@@ -8,7 +8,7 @@ import hpack
 import pytest
 
 from modelfs.errors import ProtocolError
-from modelfsd.etcd_http2 import (
+from modelfsd.etcd.http2 import (
     NOT_TAKEN,
     PREFACE,
     TOO_LARGE,

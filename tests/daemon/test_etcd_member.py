@@ -18,13 +18,13 @@ import trio
 from modelfs.errors import MetadataUnavailable, MetadataUncertain, UserError
 from modelfs.ids import NodeId
 from modelfs.testing.contract_metadata import put
-from modelfsd import etcd_process
-from modelfsd.etcd import EtcdStore, MemberInfo
-from modelfsd.etcd_join import JOIN_KEY, Role, wanted_role
-from modelfsd.etcd_member import EtcdMember, MemberCorrupt, MemberRemoved
-from modelfsd.etcd_standing import Standing
-from modelfsd.etcd_tls import EtcdTls
-from modelfsd.keyring import KeyRing
+from modelfsd.etcd import process as etcd_process
+from modelfsd.etcd.join import JOIN_KEY, Role, wanted_role
+from modelfsd.etcd.member import EtcdMember, MemberCorrupt, MemberRemoved
+from modelfsd.etcd.standing import Standing
+from modelfsd.etcd.store import EtcdStore, MemberInfo
+from modelfsd.etcd.tls import EtcdTls
+from modelfsd.trust.keyring import KeyRing
 from tests.pki_parts import etcd_tls
 
 pytestmark = pytest.mark.etcd
@@ -215,9 +215,9 @@ def test_a_killed_child_is_started_again(tmp_path: Path) -> None:
 DAEMON = """
 import sys, trio
 from pathlib import Path
-from modelfsd.etcd_tls import EtcdTls
-from modelfsd.etcd_member import EtcdMember
-from modelfsd.keyring import KeyRing
+from modelfsd.etcd.tls import EtcdTls
+from modelfsd.etcd.member import EtcdMember
+from modelfsd.trust.keyring import KeyRing
 async def main():
     directory = Path(sys.argv[1])
     tls = EtcdTls(KeyRing(directory))

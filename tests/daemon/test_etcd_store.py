@@ -16,11 +16,14 @@ from modelfs.errors import MetadataUnavailable, MetadataUncertain, OutOfSpace
 from modelfs.ids import NodeId, Revision
 from modelfs.ports import Compare, Delete, Target, Txn
 from modelfs.testing.contract_metadata import collect, put
-from modelfsd import etcd, etcd_channel, etcd_process, lab_processes
-from modelfsd.etcd import EtcdStore
-from modelfsd.etcd_channel import Fate, judge
-from modelfsd.etcd_http2 import Status
-from modelfsd.etcd_member import EtcdMember
+from modelfsd.etcd import channel as etcd_channel
+from modelfsd.etcd import process as etcd_process
+from modelfsd.etcd import store as etcd
+from modelfsd.etcd.channel import Fate, judge
+from modelfsd.etcd.http2 import Status
+from modelfsd.etcd.member import EtcdMember
+from modelfsd.etcd.store import EtcdStore
+from modelfsd.lab import processes as lab_processes
 from tests.pki_parts import etcd_tls
 
 HANG_SECONDS = 120  # a guard only

@@ -17,8 +17,8 @@ from modelfs.limits import ETCD_REQUEST_SECONDS
 from modelfs.mirror import Change, Mirror, NameChanged
 from modelfs.ports import KeyValue, Put, Txn
 from modelfs.testing.metadata import MemoryMetadataStore
-from modelfsd.feed import WAIT_SECONDS, Feed
-from modelfsd.replica_file import ReplicaFile
+from modelfsd.metadata.feed import WAIT_SECONDS, Feed
+from modelfsd.metadata.replica_file import ReplicaFile
 
 NODE = "a" * 16
 BROKEN = "the watch of the namespace broke"

@@ -15,10 +15,10 @@ import trio.testing
 
 from modelfs.errors import UserError
 from modelfs.ids import ClusterId, NodeId
-from modelfsd.announcements import FOUNDING, UP, Announcement, Found
+from modelfsd.cluster.announcements import FOUNDING, UP, Announcement, Found
+from modelfsd.cluster.discovery import Discovery
+from modelfsd.cluster.founding import CLAIM_SECONDS, Claim, rival_of, settle_claim
 from modelfsd.config import Config
-from modelfsd.discovery import Discovery
-from modelfsd.founding import CLAIM_SECONDS, Claim, rival_of, settle_claim
 
 DELAY_SECONDS_MAX = 1.5
 LAB = ClusterId("0" * 16)

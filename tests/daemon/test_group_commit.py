@@ -6,7 +6,7 @@ import trio
 
 from modelfs.ports import Put, Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
-from modelfsd.group_commit import COMPANY_SECONDS_MAX, GroupCommit
+from modelfsd.metadata.group_commit import COMPANY_SECONDS_MAX, GroupCommit
 
 TRANSACTION_SECONDS = 0.002
 

@@ -18,7 +18,7 @@ from modelfs.limits import KIB, MIB
 from modelfs.placement import Member, make_map
 from modelfs.ports import Holding, Put, Txn
 from modelfs.testing.stores import MemoryChunkStore
-from modelfsd.sweeping import delete_rows
+from modelfsd.storage.sweeping import delete_rows
 from tests.daemon.upkeep_parts import DOWN_OUT, GRACE, Kept, kept_cluster, make, needed_by
 
 

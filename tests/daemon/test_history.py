@@ -12,9 +12,9 @@ from modelfs.errors import MetadataUnavailable, UserError
 from modelfs.holdings import Holdings
 from modelfs.limits import KIB
 from modelfs.mirror import Change, InodeChanged
-from modelfsd import history as history_module
-from modelfsd.policies import Policies
-from modelfsd.survey import Survey
+from modelfsd.metadata import history as history_module
+from modelfsd.metadata.policies import Policies
+from modelfsd.storage.survey import Survey
 from tests.daemon.history_parts import (
     HOUR_NS,
     history_of,

@@ -23,9 +23,9 @@ from modelfs.inode import NodeRecord
 from modelfs.manifest import PlacedChunk
 from modelfs.ports import Holding
 from modelfs.testing.stores import MemoryChunkStore
-from modelfsd.chunks import Chunks
-from modelfsd.peer_client import PeerClient
-from modelfsd.tls import stranger_context
+from modelfsd.peers.client import PeerClient
+from modelfsd.storage.chunks import Chunks
+from modelfsd.trust.tls import stranger_context
 from tests.daemon.node_parts import cluster_of
 from tests.daemon.peer_parts import (
     CLIENT,

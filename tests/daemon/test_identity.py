@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from modelfs.errors import UserError
 from modelfs.ids import ClusterId, is_node_id
-from modelfsd import identity as identities
+from modelfsd.trust import identity as identities
 
 
 def test_the_id_is_made_once(tmp_path: Path) -> None:

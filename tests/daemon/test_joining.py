@@ -20,14 +20,14 @@ from modelfs.mirror import Mirror
 from modelfs.ports import Delete, Put, Txn
 from modelfs.testing.metadata import MemoryMetadataStore
 from modelfs.testing.stores import MemoryChunkStore
-from modelfsd import joining, pki, tokens
-from modelfsd.admission import Admission
-from modelfsd.identity import Identity
-from modelfsd.joining import Applicant, ClockWrong, Impostor, Unreachable, Welcome
-from modelfsd.peer_client import PeerClient
-from modelfsd.peer_server import PeerServer
-from modelfsd.tls import Tls
-from modelfsd.tokens import Token
+from modelfsd.peers.client import PeerClient
+from modelfsd.peers.server import PeerServer
+from modelfsd.trust import joining, pki, tokens
+from modelfsd.trust.admission import Admission
+from modelfsd.trust.identity import Identity
+from modelfsd.trust.joining import Applicant, ClockWrong, Impostor, Unreachable, Welcome
+from modelfsd.trust.tls import Tls
+from modelfsd.trust.tokens import Token
 from tests.pki_parts import CLUSTER, authority, key_ring, tls_of
 
 MEMBER, NEW = NodeId("1" * 16), NodeId("7" * 16)

@@ -13,8 +13,8 @@ from modelfs import changes
 from modelfs.attributes import AttributeChange
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
-from modelfsd import notifier
-from modelfsd.kernel_inodes import ROOT_KERNEL_ID
+from modelfsd.kernel import notifier
+from modelfsd.kernel.kernel_inodes import ROOT_KERNEL_ID
 from tests.daemon.node_parts import Node, cluster_of
 
 

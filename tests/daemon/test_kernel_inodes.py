@@ -11,7 +11,7 @@ import pytest
 from modelfs.errors import StaleHandle
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
-from modelfsd.kernel_inodes import ROOT_KERNEL_ID, VIEW_BITS, KernelInode, KernelInodes
+from modelfsd.kernel.kernel_inodes import ROOT_KERNEL_ID, VIEW_BITS, KernelInode, KernelInodes
 
 
 def record(version: int = 1, kind: int = stat.S_IFREG) -> Inode:

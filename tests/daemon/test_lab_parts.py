@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from modelfs.errors import UserError
-from modelfsd import lab_processes
-from modelfsd.lab import Lab, LabFailed, take_down
-from modelfsd.lab_net import LabNetwork
-from modelfsd.lab_processes import MARK, mark
-from modelfsd.lab_state import LabState, address_block, load_state, plan_lab
-from modelfsd.registry import process_start_ticks
+from modelfsd.commands.registry import process_start_ticks
+from modelfsd.lab import processes as lab_processes
+from modelfsd.lab.cluster import Lab, LabFailed, take_down
+from modelfsd.lab.net import LabNetwork
+from modelfsd.lab.processes import MARK, mark
+from modelfsd.lab.state import LabState, address_block, load_state, plan_lab
 
 HANG_SECONDS = 30.0  # a guard only
 needs_namespaces = pytest.mark.skipif(

@@ -12,7 +12,7 @@ from modelfs.errors import MetadataUncertain, WriterElsewhere
 from modelfs.ids import InodeNumber, NodeId
 from modelfs.ports import Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
-from modelfsd.leases import DROPPED_MAX, WAITERS_MAX, Leases
+from modelfsd.metadata.leases import DROPPED_MAX, WAITERS_MAX, Leases
 from tests.daemon.node_parts import Node, cluster_of
 
 

@@ -14,10 +14,10 @@ import pytest
 from modelfs.errors import OutOfSpace, ProtocolError, UserError
 from modelfs.inode import Inode
 from modelfs.limits import KIB
-from modelfsd import lost, recover, staging
-from modelfsd.layout import read_journal
-from modelfsd.recover import RecoveryFailed
-from modelfsd.recovery_service import RecoveryService
+from modelfsd.writing import lost, recover, staging
+from modelfsd.writing.layout import read_journal
+from modelfsd.writing.recover import RecoveryFailed
+from modelfsd.writing.recovery_service import RecoveryService
 from tests.daemon.node_parts import cluster_of
 from tests.daemon.recover_parts import FIRST, Twin, lose_sealed_chunks, rebuilt, until
 from tests.needs import small_disk

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from modelfs.errors import UserError
+from modelfsd.commands.mount_helper import parse, split_options
 from modelfsd.config import load_config
-from modelfsd.mount_helper import parse, split_options
 
 ROOT = Path(__file__).parents[2]
 GENERIC = (
@@ -82,7 +82,7 @@ def test_options_are_split_outside_of_quotes() -> None:
 
 def helper(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "modelfsd.mount_helper", *arguments],
+        [sys.executable, "-P", "-m", "modelfsd.commands.mount_helper", *arguments],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/daemon"},
         capture_output=True,
         text=True,

@@ -16,9 +16,9 @@ from modelfs.errors import PeerUnavailable
 from modelfs.ids import ClusterId, NodeId
 from modelfs.limits import MIB
 from modelfs.ports import Holding
-from modelfsd.peer_client import PeerClient
-from modelfsd.pki import Party
-from modelfsd.tls import Tls, stranger_context
+from modelfsd.peers.client import PeerClient
+from modelfsd.trust.pki import Party
+from modelfsd.trust.tls import Tls, stranger_context
 from tests.daemon.peer_parts import (
     CLIENT,
     GUARD_SECONDS,
@@ -261,7 +261,7 @@ async def test_a_stranger_who_says_nothing_more_makes_room(monkeypatch: pytest.M
 async def test_strangers_do_not_crowd_members_out(
     limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(f"modelfsd.peer_server.{limit}", 2)
+    monkeypatch.setattr(f"modelfsd.peers.server.{limit}", 2)
     with served() as peer, contextlib.ExitStack() as stack:
         client = peer.client()
         await client.ping(SERVER)

@@ -15,10 +15,10 @@ import trio
 from prometheus_client.parser import text_string_to_metric_families
 
 from modelfs.errors import UserError
-from modelfsd import metrics
+from modelfsd.commands import metrics
+from modelfsd.commands.control import ControlServer
+from modelfsd.commands.pages import HEADERS_BYTES_MAX, serve_pages
 from modelfsd.config import load_config
-from modelfsd.control import ControlServer
-from modelfsd.pages import HEADERS_BYTES_MAX, serve_pages
 from modelfsd.stages import Histogram
 
 

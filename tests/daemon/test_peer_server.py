@@ -12,7 +12,7 @@ from modelfs import wire
 from modelfs.errors import UserError
 from modelfs.limits import MIB
 from modelfs.ports import Holding
-from modelfsd import peer_session
+from modelfsd.peers import session as peer_session
 from tests.daemon.peer_parts import (
     CLIENT,
     GUARD_SECONDS,
@@ -151,7 +151,7 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.expected_logs("connections are open")
 def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modelfsd.peer_server.CONNECTIONS_MAX", 1)
+    monkeypatch.setattr("modelfsd.peers.server.CONNECTIONS_MAX", 1)
     with served() as peer, closing(peer.raw()) as first:
         first.sendall(hello(node=CLIENT))
         read_frames(first, 1)

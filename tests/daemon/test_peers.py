@@ -23,7 +23,7 @@ from modelfs.ids import ChunkId
 from modelfs.limits import BLOCK_BYTES, CONNECTIONS_PER_PEER, MIB
 from modelfs.ports import Holding, OpenChunk
 from modelfs.testing.stores import MemoryChunkStore
-from modelfsd import peer_session
+from modelfsd.peers import session as peer_session
 from tests.daemon.peer_parts import (
     CLIENT,
     GUARD_SECONDS,
@@ -273,7 +273,7 @@ def test_a_slow_put_is_accompanied_by_signs_of_life() -> None:
 async def test_a_slow_fsync_does_not_make_a_peer_unavailable(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("modelfsd.peer_client.PUT_PATIENCE_SECONDS", 2 * SHORT)
+    monkeypatch.setattr("modelfsd.peers.client.PUT_PATIENCE_SECONDS", 2 * SHORT)
     store = SlowStore()
     ref, table, data = make(1000)
     with served(store) as peer, trio.fail_after(GUARD_SECONDS):
@@ -298,7 +298,7 @@ async def test_a_disk_that_hangs_does_not_live_by_signs_of_life(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(peer_session, "WORKING_SECONDS_MAX", 0.5)
-    monkeypatch.setattr("modelfsd.peer_client.PUT_PATIENCE_SECONDS", SHORT)
+    monkeypatch.setattr("modelfsd.peers.client.PUT_PATIENCE_SECONDS", SHORT)
     store = SlowStore()
     with served(store) as peer, trio.fail_after(GUARD_SECONDS):
         client = peer.client()
@@ -311,7 +311,7 @@ async def test_a_disk_that_hangs_does_not_live_by_signs_of_life(
 async def test_a_request_that_is_never_answered_ends_though_its_patience_lasts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("modelfsd.peer_link.STALL_SECONDS", SHORT)
+    monkeypatch.setattr("modelfsd.peers.link.STALL_SECONDS", SHORT)
     with strange_peer(wait_for_end) as (client, _):
         with trio.fail_after(GUARD_SECONDS):
             with pytest.raises(PeerUnavailable, match="no answer"):

@@ -12,9 +12,9 @@ from cryptography import x509
 
 from modelfs.errors import ProtocolError, UserError
 from modelfs.ids import ClusterId, NodeId
-from modelfsd import pki
-from modelfsd.keyring import WHOLE, KeyRing
-from modelfsd.pki import Party
+from modelfsd.trust import pki
+from modelfsd.trust.keyring import WHOLE, KeyRing
+from modelfsd.trust.pki import Party
 
 CLUSTER, NODE = ClusterId("c" * 16), NodeId("1" * 16)
 PARTY = Party(CLUSTER, NODE)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from modelfs.errors import UserError
-from modelfsd import preflight
+from modelfsd.commands import preflight
+from modelfsd.commands.registry import Registry
 from modelfsd.config import Config, load_config
-from modelfsd.registry import Registry
 
 
 @pytest.fixture

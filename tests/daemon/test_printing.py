@@ -13,8 +13,9 @@ from rich.console import RenderableType
 
 from modelfs.errors import PeerRefused, UserError
 from modelfs.ids import NodeId
-from modelfsd import cli, mount_helper, show
-from modelfsd.errnos import errno_of
+from modelfsd import cli
+from modelfsd.commands import mount_helper, show
+from modelfsd.kernel.errnos import errno_of
 from modelfsd.logs import LineFormatter
 from modelfsd.printing import plain, plain_answer, plain_lines
 

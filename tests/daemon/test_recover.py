@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 from modelfs.errors import UserError
 from modelfs.limits import INLINE_BYTES_MAX, KIB
 from modelfs.manifest import PlacedChunk
-from modelfsd import lost, recover, staging
-from modelfsd.layout import read_journal
-from modelfsd.recover import Rebuild, RecoveryFailed
-from modelfsd.replicator import Replicator
+from modelfsd.storage.replicator import Replicator
+from modelfsd.writing import lost, recover, staging
+from modelfsd.writing.layout import read_journal
+from modelfsd.writing.recover import Rebuild, RecoveryFailed
 from tests.daemon.node_parts import CHUNK, cluster_of
 from tests.daemon.recover_parts import (
     FIRST,

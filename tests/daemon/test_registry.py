@@ -12,7 +12,7 @@ import pytest
 
 from modelfs.errors import UserError
 from modelfsd import mounts
-from modelfsd.registry import Registry, process_start_ticks, run_directory
+from modelfsd.commands.registry import Registry, process_start_ticks, run_directory
 
 
 @pytest.fixture

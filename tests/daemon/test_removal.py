@@ -9,7 +9,7 @@ import pytest
 
 from modelfs.errors import UserError
 from modelfs.ids import NodeId
-from modelfsd.removal import Removal
+from modelfsd.cluster.removal import Removal
 from tests.daemon.node_parts import IDS, Cluster, cluster_of
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from modelfs.ids import Revision
 from modelfs.ports import Event, KeyValue, WatchBatch
-from modelfsd.replica_file import ReplicaFile
+from modelfsd.metadata.replica_file import ReplicaFile
 
 CLUSTER = "c" * 16
 

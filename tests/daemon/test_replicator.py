@@ -14,7 +14,7 @@ from modelfs.errors import ChunkMissing, OutOfSpace, ReplicationFailed
 from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import KIB, NODE_LEASE_SECONDS
 from modelfs.ports import Holding
-from modelfsd.replicator import Placements
+from modelfsd.storage.replicator import Placements
 from tests.daemon.node_parts import Cluster, cluster_of
 
 UNSAFE = "could not make its copies safe"

@@ -16,9 +16,9 @@ from modelfs.ids import ROOT_INODE, Revision
 from modelfs.inode import Policy, decode_inode
 from modelfs.limits import KIB
 from modelfs.ports import Put, Txn
-from modelfsd import retention as retention_module
-from modelfsd.policies import Policies
-from modelfsd.survey import Survey
+from modelfsd.metadata import retention as retention_module
+from modelfsd.metadata.policies import Policies
+from modelfsd.storage.survey import Survey
 from tests.daemon.history_parts import (
     HOUR_NS,
     entries,

@@ -18,10 +18,10 @@ from modelfs.errors import UserError
 from modelfs.ids import NodeId
 from modelfs.ports import Put, Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
-from modelfsd import pki
-from modelfsd.identity import Identity
-from modelfsd.pki import Authority, Certificate, Party
-from modelfsd.rotation import Rotation, trust_of
+from modelfsd.trust import pki
+from modelfsd.trust.identity import Identity
+from modelfsd.trust.pki import Authority, Certificate, Party
+from modelfsd.trust.rotation import Rotation, trust_of
 from tests.daemon.node_parts import Cluster, Node, cluster_of
 from tests.pki_parts import CLUSTER, key_ring
 

@@ -14,11 +14,11 @@ from modelfs import keys
 from modelfs.ids import NodeId, Revision
 from modelfs.mirror import Mirror, SecurityChanged
 from modelfs.ports import Event
-from modelfsd import identity as identities
-from modelfsd.pki import Party
-from modelfsd.security import Removed, Security
-from modelfsd.status import judge_keys
-from modelfsd.tls import Tls
+from modelfsd.commands.status import judge_keys
+from modelfsd.trust import identity as identities
+from modelfsd.trust.pki import Party
+from modelfsd.trust.security import Removed, Security
+from modelfsd.trust.tls import Tls
 from tests.daemon.peer_parts import CLIENT, SERVER, Served, served
 from tests.pki_parts import CLUSTER, key_ring, tls_of
 

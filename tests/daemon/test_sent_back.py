@@ -9,10 +9,10 @@ import trio.testing
 from modelfs.errors import StaleHandle
 from modelfs.ids import InodeNumber, KernelId
 from modelfs.inode import Inode
-from modelfsd import sent_back
-from modelfsd.kernel_inodes import KernelInode
-from modelfsd.sent_back import SentBack
-from modelfsd.tree import Caller
+from modelfsd.kernel import sent_back
+from modelfsd.kernel.kernel_inodes import KernelInode
+from modelfsd.kernel.sent_back import SentBack
+from modelfsd.kernel.tree import Caller
 
 CALLER, OTHER = Caller(0, 0, 7), Caller(0, 0, 8)
 NAME, ANOTHER = (KernelId(1), b"name"), (KernelId(1), b"another")

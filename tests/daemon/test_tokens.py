@@ -11,8 +11,8 @@ from hypothesis import strategies as some
 
 from modelfs.errors import UserError
 from modelfs.ids import ClusterId
-from modelfsd import tokens
-from modelfsd.tokens import Token, TokenRefused
+from modelfsd.trust import tokens
+from modelfsd.trust.tokens import Token, TokenRefused
 
 CLUSTER = ClusterId("c" * 16)
 TOKEN, RECORD = tokens.new_token(CLUSTER, bytes(32), [("10.0.0.5", 7420)], 1000.0, 60.0, 2)

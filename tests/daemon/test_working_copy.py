@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from modelfs.limits import INLINE_BYTES_MAX, KIB
-from modelfsd import staging, working_copy
-from modelfsd.write_session import WriteSession
+from modelfsd.writing import staging, working_copy
+from modelfsd.writing.write_session import WriteSession
 from tests.daemon.node_parts import CHUNK, Cluster, cluster_of
 
 FIRST = CHUNK // 4  # the size of the first chunks

@@ -16,7 +16,7 @@ from modelfs import changes
 from modelfs.errors import OutOfSpace, StaleHandle, WriteLost
 from modelfs.ids import ROOT_INODE
 from modelfs.limits import KIB, MIB
-from modelfsd import staging, working_copy
+from modelfsd.writing import staging, working_copy
 from tests.daemon.node_parts import Node, cluster_of
 
 LOST = r"cannot be committed, they are kept|closed with writes that could not be committed"

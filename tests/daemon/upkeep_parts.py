@@ -12,8 +12,8 @@ from modelfs import keys
 from modelfs.ids import ChunkId, NodeId
 from modelfs.inode import Pin
 from modelfs.ports import Put, Txn
-from modelfsd.survey import Survey
-from modelfsd.upkeep import Upkeep, UpkeepParts
+from modelfsd.storage.survey import Survey
+from modelfsd.storage.upkeep import Upkeep, UpkeepParts
 from tests.daemon.node_parts import Cluster, Node, cluster_of
 
 GRACE, DOWN_OUT = 3600.0, 600.0

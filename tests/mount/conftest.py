@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from modelfsd.lab import Lab
+from modelfsd.lab.cluster import Lab
 from tests.mount.mount_parts import BIG_BYTES, Dirs, make_whole
 
 NODES = 3

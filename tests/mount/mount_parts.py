@@ -22,10 +22,11 @@ from typing import Any
 
 import pytest
 
-from modelfsd import lab_processes, mounts
-from modelfsd.control import call
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd import mounts
+from modelfsd.commands.control import call
+from modelfsd.lab import processes as lab_processes
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 
 CHILD_SECONDS = 60.0  # a guard against hangs, not a measure of speed
 CONDITION_SECONDS = 60.0

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from modelfsd.lab import Lab
+from modelfsd.lab.cluster import Lab
 from tests.bench import GROUPS
 from tests.bench_report import FIGURES
 from tests.mount.mount_parts import run

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import MIB, Dirs, ask, pattern, requests, run, version_in
 
 pytestmark = pytest.mark.fuse

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from modelfsd import lab_processes
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab import processes as lab_processes
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import (
     MIB,
     Dirs,

@@ -18,8 +18,8 @@ import blake3
 import pytest
 
 from modelfs import stripe
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import (
     BIG_BYTES,
     MIB,

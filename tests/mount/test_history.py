@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from modelfs.errors import UserError
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import MIB, Dirs, ask, pattern, refused, wait_until
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from modelfsd import mounts
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
-from modelfsd.mount import BACKGROUND_REQUESTS_MAX, READ_AHEAD_KIB
+from modelfsd.kernel.mount import BACKGROUND_REQUESTS_MAX, READ_AHEAD_KIB
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import MIB, Dirs, ask, forget_pages, requests, wait_until
 
 pytestmark = pytest.mark.fuse

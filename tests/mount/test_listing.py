@@ -14,12 +14,12 @@ from modelfs.ids import InodeNumber
 from modelfs.inode import Dentry, Inode, encode
 from modelfs.limits import MIB, TRANSACTION_OPS_MAX
 from modelfs.ports import Delete, Put, Txn
-from modelfsd.etcd import EtcdStore
-from modelfsd.etcd_tls import EtcdTls
-from modelfsd.kernel_inodes import VIEW_BITS
-from modelfsd.keyring import KeyRing
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.etcd.store import EtcdStore
+from modelfsd.etcd.tls import EtcdTls
+from modelfsd.kernel.kernel_inodes import VIEW_BITS
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
+from modelfsd.trust.keyring import KeyRing
 from tests.mount.mount_parts import Dirs, ask, run
 
 FIRST_INODE = 1 << 36  # numbers that no daemon will hand out during a test

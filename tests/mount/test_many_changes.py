@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import Dirs, ask, finish_child, start_child, tree_of, wait_until
 
 pytestmark = pytest.mark.fuse

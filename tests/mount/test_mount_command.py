@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from modelfsd import lab_processes
+from modelfsd.lab import processes as lab_processes
 from tests.needs import missing
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +58,7 @@ def test_mount_and_umount_as_from_fstab(test_root: Path) -> None:
     path = f"{ROOT}:{ROOT}/daemon"
     helper.write_text(
         f"#!/bin/sh\nexport PYTHONPATH={shlex.quote(path)}\n"
-        f'exec {shlex.quote(sys.executable)} -P -m modelfsd.mount_helper "$@"\n'
+        f'exec {shlex.quote(sys.executable)} -P -m modelfsd.commands.mount_helper "$@"\n'
     )
     helper.chmod(0o755)
     options = f"state_dir={root}/state,new_cluster=fstab,listen=127.0.89.1:7620,replicas=1"

@@ -14,11 +14,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from modelfsd import mounts, tokens
-from modelfsd.control import call
-from modelfsd.lab import Lab
-from modelfsd.lab_net import LabNetwork
-from modelfsd.lab_state import lab_tag
+from modelfsd import mounts
+from modelfsd.commands.control import call
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.net import LabNetwork
+from modelfsd.lab.state import lab_tag
+from modelfsd.trust import tokens
 from tests.mount.mount_parts import CHILD_SECONDS, has_quorum, in_child, refused, run, wait_until
 
 pytestmark = pytest.mark.fuse

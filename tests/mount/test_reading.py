@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
-from modelfsd.mount import READ_AHEAD_KIB
+from modelfsd.kernel.mount import READ_AHEAD_KIB
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import MIB, Dirs, ask, finish_child, start_child
 
 pytestmark = pytest.mark.fuse

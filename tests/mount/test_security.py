@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 
 from modelfs.ids import ClusterId, NodeId
-from modelfsd import pki
-from modelfsd.control import call
-from modelfsd.keyring import KeyRing
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.commands.control import call
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
+from modelfsd.trust import pki
+from modelfsd.trust.keyring import KeyRing
 from tests.mount.mount_parts import CHILD_SECONDS, ask, wait_until
 from tests.pki_parts import key_ring
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from modelfsd.lab import Lab
+from modelfsd.lab.cluster import Lab
 from tests.soak import Soak
 from tests.soak_workers import Torn, appended, half_of, number_in, version_of
 

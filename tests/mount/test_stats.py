@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import CHILD_SECONDS, MIB, Dirs, ask, forget_pages, info, requests, run
 
 SIZE = 12 * MIB

@@ -13,9 +13,9 @@ from random import Random
 
 import pytest
 
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
-from modelfsd.launch import wait_for_exit
+from modelfsd.commands.launch import wait_for_exit
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import MIB, Dirs, in_child, make_whole, start_child, wait_until
 
 HOLD = """

@@ -13,11 +13,11 @@ import trio
 from modelfs import keys
 from modelfs.ids import InodeNumber
 from modelfs.ports import Delete, KeyValue, Put, Txn
-from modelfsd.etcd import EtcdStore
-from modelfsd.etcd_tls import EtcdTls
-from modelfsd.keyring import KeyRing
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.etcd.store import EtcdStore
+from modelfsd.etcd.tls import EtcdTls
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
+from modelfsd.trust.keyring import KeyRing
 from tests.mount.mount_parts import MIB, Dirs, ask, make_whole, refused, wait_until
 
 pytestmark = pytest.mark.fuse

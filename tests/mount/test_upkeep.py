@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from modelfsd.lab import Lab
-from modelfsd.lab_state import LabNode
+from modelfsd.lab.cluster import Lab
+from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import MIB, ask, forget_pages, make_whole, pattern, wait_until
 
 GRACE_SECONDS = 2

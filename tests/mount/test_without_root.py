@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from modelfsd import lab_processes
+from modelfsd.lab import processes as lab_processes
 from tests import needs
 
 pytestmark = pytest.mark.fuse

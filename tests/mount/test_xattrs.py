@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from modelfs.limits import KIB, XATTRS_BYTES_MAX
-from modelfsd.lab import Lab
+from modelfsd.lab.cluster import Lab
 from tests.mount.mount_parts import Dirs, ask, in_child, refused, requests, run
 
 NOBODY = 65534

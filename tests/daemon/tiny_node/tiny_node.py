@@ -20,8 +20,8 @@ import trio
 
 from modelfs.errors import UserError
 from modelfsd import mounts
+from modelfsd.commands.control import ControlServer
 from modelfsd.config import Config
-from modelfsd.control import ControlServer
 
 log = logging.getLogger("modelfsd.node")
 FILE, CONTENT = b"weights.bin", b"0123456789"

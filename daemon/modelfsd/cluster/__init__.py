@@ -1,0 +1,1 @@
+"""This node among the others: finding, founding, entering and leaving a cluster."""

@@ -1,0 +1,1 @@
+"""What people see: the commands, the admin socket and what both show."""

@@ -1,0 +1,1 @@
+"""etcd: its client, and this node's own member."""

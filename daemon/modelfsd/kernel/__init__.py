@@ -1,0 +1,1 @@
+"""The kernel's side: FUSE requests, open files, and what the kernel caches."""

@@ -1,0 +1,396 @@
+"""Open files: what the kernel asks about handles.
+
+`open` is where the promises between nodes are kept (G2, G3): it is made fresh, it sends the kernel
+to look again (`StaleHandle`) when the way that it came may be out of date, and a handle that it
+gives out keeps the version that it opened.
+
+The kernel looks again once. So the OPEN that comes back from there is accepted for reading even if
+a newer version was committed in between: it was the latest when that look began, hence after
+open() began. For writing, the lease is taken *before* the kernel is sent to look again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import trio
+
+from modelfs.attributes import (
+    AttributeChange,
+    changed_attributes,
+    may_open,
+    only_repeats,
+    permissions_after_write,
+)
+from modelfs.changes import Claim
+from modelfs.errors import (
+    AccessDenied,
+    EntryExists,
+    IsDirectory,
+    ModelfsError,
+    NoSuchEntry,
+    StaleHandle,
+    WriterElsewhere,
+)
+from modelfsd.kernel.kernel_cache import KernelCache
+from modelfsd.kernel.kernel_inodes import KernelInode
+from modelfsd.kernel.pusher import Pusher
+from modelfsd.kernel.readahead import Readahead
+from modelfsd.kernel.sent_back import Entry, SentBack
+from modelfsd.kernel.tree import Caller, NewInode, Tree
+from modelfsd.metadata.namespace import Namespace
+from modelfsd.storage.contents import Contents
+from modelfsd.uses import FileUses, current_use
+from modelfsd.writing.write_session import WriteSession
+from modelfsd.writing.writer import Writer
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 60.0  # for the last commits at a stop
+CREATES_MAX = 8  # attempts at a name that comes and goes
+
+GroupsOf = Callable[[int], Iterable[int]]  # the supplementary groups of a process
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """An open file. `session` is set if it may be written, or was emptied by its open."""
+
+    inode: KernelInode
+    session: WriteSession | None
+
+    def require_session(self) -> WriteSession:
+        """The session of a handle that may be written."""
+        assert self.session is not None, "the kernel refuses writes to read-only handles"
+        return self.session
+
+
+def _is_for_writing(flags: int) -> bool:
+    """Whether an open needs a session: O_TRUNC changes the file also with O_RDONLY."""
+    return flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+
+
+class Files:
+    """The open files of this mount."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        cache: KernelCache,
+        tree: Tree,
+        contents: Contents,
+        writer: Writer,
+        pusher: Pusher,
+    ) -> None:
+        self._namespace, self._cache, self._tree = namespace, cache, tree
+        self._contents, self._writer, self._pusher = contents, writer, pusher
+        self._readahead = Readahead(contents, pusher)
+        self._handles: dict[int, Handle] = {}
+        self._last_handle = 0
+        self._sent_opens, self._sent_links = SentBack(), SentBack()
+        self._sent_truncates = SentBack()
+        self.uses = FileUses()
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    # ------------------------------------------------------------ opening
+
+    async def open(self, inode: KernelInode, flags: int, caller: Caller) -> int:
+        """Open a file; returns the number of its handle. Raises `StaleHandle` to look again."""
+        # Asked first: an election, which `fresh` waits for, outlasts the memory of who was sent.
+        has_looked_again = self._sent_opens.is_back(caller, inode)
+        must_look_again = self._cache.must_look_again(inode)
+        await self._namespace.fresh()
+        must_look_again = must_look_again or self._cache.must_look_again(inode)
+        if not _is_for_writing(flags):
+            if must_look_again and not has_looked_again:
+                self._sent_opens.send(caller, inode)
+            return self._new_handle(inode, None)
+        return await self._open_for_writing(inode, flags, caller, must_look_again, has_looked_again)
+
+    async def _open_for_writing(
+        self,
+        inode: KernelInode,
+        flags: int,
+        caller: Caller,
+        must_look_again: bool,
+        has_looked_again: bool,
+        wait_seconds: float | None = None,
+    ) -> int:
+        must_look_again = must_look_again and not has_looked_again
+        session = self._writer.session_of(inode)
+        try:
+            await self._pusher.drain(inode)
+            session.require_sound()
+            size = max(inode.record.size, session.copy.size)
+            if must_look_again:  # then the lease is for the OPEN that comes next
+                latest = self._namespace.mirror.inode(inode.ino)
+                size = latest.size if latest is not None else 0
+            if size and self._has_name(inode):
+                may_start_over = has_looked_again and bool(flags & os.O_TRUNC)
+                await self._take_lease(session, may_start_over, wait_seconds)
+            if must_look_again:
+                session.reserve_lease()
+                raise StaleHandle(inode.id)
+            if flags & os.O_TRUNC:
+                # Part of what the handle commits: nobody sees an empty version in between, and a
+                # writer that dies leaves the old one.
+                session.start_over()
+                await session.truncate(0)
+                await self._clear_set_ids(inode, caller)
+        except BaseException as error:
+            await session.release()
+            if isinstance(error, StaleHandle):
+                if has_looked_again:  # the kernel would tell the application ESTALE
+                    raise WriterElsewhere(
+                        f"inode {inode.ino} was written twice meanwhile"
+                    ) from error
+                self._sent_opens.send(caller, inode)
+            raise
+        return self._new_handle(inode, session)
+
+    async def _clear_set_ids(self, inode: KernelInode, caller: Caller) -> None:
+        """O_TRUNC takes the set-id bits, as writing does. The kernel leaves this one to us."""
+        record = self._namespace.mirror.inode(inode.ino) or inode.record
+        permissions = permissions_after_write(record.mode)
+        if caller.uid and permissions != stat.S_IMODE(record.mode):
+            await self.set_attributes(inode, AttributeChange(permissions), caller)
+
+    def _has_name(self, inode: KernelInode) -> bool:
+        """Else it is opened through /proc/self/fd, and nobody will ever see what is written."""
+        return self._namespace.mirror.inode(inode.ino) is not None or not inode.handles
+
+    @staticmethod
+    async def _take_lease(
+        session: WriteSession, may_start_over: bool, wait_seconds: float | None
+    ) -> None:
+        try:
+            await session.ensure_lease(wait_seconds)
+        except StaleHandle:
+            if not may_start_over:
+                raise
+            # The kernel has used up its second look, and what is there now goes anyhow.
+            await session.start_over_now(wait_seconds)
+
+    def look_again_once(self, inode: KernelInode, caller: Caller) -> None:
+        """For link, chmod and the like: send the kernel back from what is superseded, once.
+
+        The name meant that file after the call began, and if it has gone since, that is ENOENT.
+        """
+        is_back = self._sent_links.is_back_on_the_way(caller, inode)
+        if not inode.is_current and not is_back:
+            self._sent_links.send(caller)
+
+    def note_lookup(self, caller: Caller, entry: Entry, inode: KernelInode | None) -> bool:
+        """A lookup was answered (None: in vain): remember it for who was sent to look again.
+
+        Returns whether the kernel may remember it.
+        """
+        may_remember = True
+        for calls in (self._sent_opens, self._sent_links, self._sent_truncates):
+            may_remember &= calls.note_lookup(caller, entry, inode)
+        return may_remember
+
+    def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
+        self._last_handle += 1
+        self._handles[self._last_handle] = Handle(inode, session)
+        inode.handles += 1
+        self.uses.of(inode.ino).opens += 1
+        return self._last_handle
+
+    async def create(
+        self,
+        parent: KernelInode,
+        name: bytes,
+        mode: int,
+        flags: int,
+        caller: Caller,
+        groups_of: GroupsOf,
+    ) -> tuple[int, KernelInode]:
+        """Create and open in one step. Raises `EntryExists` for O_EXCL.
+
+        If the name was made meanwhile, the kernel is sent back, to look and to open. If it has been
+        sent back already, what is there is opened.
+        """
+        for _ in range(CREATES_MAX):
+            try:
+                return await self._create_new(parent, name, mode, flags, caller)
+            except EntryExists:
+                if flags & os.O_EXCL:
+                    raise
+                if not self._sent_opens.is_back_in_vain(caller):
+                    self._sent_opens.send(caller)
+            with suppress(NoSuchEntry):  # gone again
+                return await self._open_existing(parent, name, flags, caller, groups_of)
+        raise WriterElsewhere(f"{os.fsdecode(name)} comes and goes")
+
+    async def _open_existing(
+        self, parent: KernelInode, name: bytes, flags: int, caller: Caller, groups_of: GroupsOf
+    ) -> tuple[int, KernelInode]:
+        """Open a file for CREATE. The kernel then checks no permission, and nobody may wait."""
+        inode = await self._tree.lookup(parent, name)
+        try:
+            record, access = inode.record, flags & os.O_ACCMODE
+            if record.is_directory:
+                raise IsDirectory(name)
+            if not record.is_file:
+                raise WriterElsewhere(f"{os.fsdecode(name)} comes and goes")
+            is_writer, groups = _is_for_writing(flags), {caller.gid, *groups_of(caller.pid)}
+            if not may_open(record, caller.uid, groups, access != os.O_WRONLY, is_writer):
+                raise AccessDenied(name)
+            if not is_writer:
+                return self._new_handle(inode, None), inode
+            number = await self._open_for_writing(inode, flags, caller, False, True, 0)
+            return number, inode
+        except BaseException:
+            inode.lookups -= 1
+            self._cache.inodes.drop_if_unused(inode)
+            raise
+
+    async def _create_new(
+        self, parent: KernelInode, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[int, KernelInode]:
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        claim = None
+        if writable:
+            claim = Claim(self._namespace.node_id, self._writer.leases.etcd_lease)
+        inode = await self._tree.create(parent, name, NewInode(mode), caller, claim)
+        session = None
+        if writable:
+            session = self._writer.session_of(inode)
+            session.adopt_lease()
+        return self._new_handle(inode, session), inode
+
+    # ------------------------------------------------------------ using
+
+    def inode_of(self, number: int) -> KernelInode:
+        """The inode of a handle."""
+        return self._handles[number].inode
+
+    async def read(self, number: int, offset: int, size: int) -> bytes | memoryview:
+        """Up to `size` bytes; short only at the end of the file."""
+        inode = self._handles[number].inode
+        if inode.session is not None and inode.session.copy.is_dirty:
+            return await inode.session.read(offset, size)
+        record = inode.record
+        if record.manifest is None:
+            return await self._contents.read(record, offset, size)
+        is_stream = self._readahead.observe(inode, offset, size)
+        current_use().stream_requests += is_stream
+        return await self._contents.read(record, offset, size, whole_chunks=is_stream)
+
+    async def write(self, number: int, offset: int, data: bytes) -> int:
+        """Take bytes; returns how many."""
+        handle = self._handles[number]
+        await handle.require_session().write(offset, data)
+        use = self.uses.of(handle.inode.ino)
+        use.write_requests += 1
+        use.write_bytes += len(data)
+        return len(data)
+
+    async def flush(self, number: int) -> None:
+        """close() of a descriptor: commit what was written, if this one could write."""
+        session = self._handles[number].session
+        if session is not None:
+            await session.flush()
+
+    async def sync(self, number: int) -> None:
+        """fsync(): commit what was written to the file, through whichever handle."""
+        session = self._handles[number].inode.session
+        if session is not None:
+            await session.flush()
+
+    async def release(self, number: int) -> None:
+        """The last descriptor of a handle is gone."""
+        handle = self._handles.pop(number)
+        inode, session = handle.inode, handle.inode.session
+        inode.handles -= 1
+        try:
+            if handle.session is not None:
+                await handle.session.release()
+            elif session is not None:
+                await session.end_unless_used()
+        finally:
+            self._cache.inodes.drop_if_unused(inode)
+
+    # ------------------------------------------------------------ attributes of files
+
+    async def truncate(
+        self,
+        inode: KernelInode,
+        size: int,
+        mtime_ns: int | None,
+        number: int | None,
+        caller: Caller,
+    ) -> None:
+        """ftruncate() on a handle, or truncate() by path: then committed at once."""
+        session = self._handles[number].session if number is not None else None
+        if session is not None:
+            await session.truncate(size)
+            session.copy.mtime_ns = mtime_ns
+            if mtime_ns is not None and not session.copy.is_dirty and inode.is_current:
+                # The size is as it was, so nothing will be committed: the time goes on its own.
+                await self.set_attributes(inode, AttributeChange(mtime_ns=mtime_ns), caller)
+            return
+        has_looked_again = self._sent_truncates.is_back(caller, inode)
+        await self._namespace.fresh()
+        session = self._writer.session_of(inode)
+        try:
+            await self._pusher.drain(inode)
+            session.require_sound()
+            if self._has_name(inode):
+                await session.ensure_lease()
+            await session.truncate(size)
+            session.copy.mtime_ns = mtime_ns
+            await session.flush()
+        except StaleHandle as error:
+            if has_looked_again:  # the kernel would tell the application ESTALE
+                raise WriterElsewhere(f"inode {inode.ino} was written twice meanwhile") from error
+            self._sent_truncates.send(caller, inode)
+        finally:
+            await session.release()
+
+    async def set_attributes(
+        self, inode: KernelInode, change: AttributeChange, caller: Caller
+    ) -> None:
+        """As `Tree.set_attributes`, but the mtime of uncommitted writes waits for their commit."""
+        session = inode.session
+        if session is not None and session.copy.is_dirty and change.mtime_ns is not None:
+            session.copy.mtime_ns = change.mtime_ns
+            change = AttributeChange(change.permissions, change.uid, change.gid, change.atime_ns)
+        if inode.record.is_file and not inode.handles:
+            if not inode.is_current and only_repeats(inode.record, change):
+                # The kernel sends the times of what was just unlinked or replaced. No call waits
+                # for the answer: the next syncfs(2), of anybody, would get the error.
+                return
+            self.look_again_once(inode, caller)
+        if self._namespace.mirror.inode(inode.ino) is None:
+            # Unlinked: nobody can see its attributes but through the handles of this node.
+            inode.record = changed_attributes(inode.record, change, time.time_ns())
+            return
+        await self._tree.set_attributes(inode, change)
+        self._cache.changed_through(inode)
+
+    async def close_all(self) -> None:
+        """The mount is gone: commit what is left, and let go of every lease."""
+        for number in list(self._handles):
+            try:
+                await self.release(number)
+            except (ModelfsError, OSError) as error:
+                log.error("at unmount: %s", error)
+
+
+async def settle(files: Files, writer: Writer) -> None:
+    """After the last request: commit what is left, in bounded time."""
+    with trio.move_on_after(STOP_SECONDS) as scope:
+        await files.close_all()
+        await writer.flush_all()
+    if scope.cancelled_caught:
+        await writer.give_up(STOP_SECONDS)

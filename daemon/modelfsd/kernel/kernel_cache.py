@@ -1,0 +1,181 @@
+"""Keeps the kernel's caches true to the mirror.
+
+The feed announces what changed; this decides what the kernel must forget. Changes that this node's
+own kernel asked for need nothing: it made them itself. The division of labour with OPEN: a file
+that has a newer view is caught because its kernel inode is no longer current; a name that means
+something else by now is caught by the guard.
+"""
+
+from __future__ import annotations
+
+import stat
+
+from modelfs.ids import ROOT_INODE, InodeNumber
+from modelfs.inode import Inode
+from modelfs.mirror import Change, DirectoryTouched, InodeChanged, Mirror, Name, NameChanged
+from modelfsd.kernel.kernel_inodes import KernelInode, KernelInodes
+from modelfsd.kernel.notifier import NameGuard, Notifier
+from modelfsd.metadata.namespace import Namespace
+
+
+class KernelCache:
+    """The listener between the feed and the kernel."""
+
+    def __init__(self, inodes: KernelInodes, namespace: Namespace, notifier: Notifier) -> None:
+        self.inodes = inodes
+        self.guard = NameGuard()
+        self._mirror: Mirror = namespace.mirror
+        self._namespace, self._notifier = namespace, notifier
+
+    def on_changes(self, changes: list[Change]) -> None:
+        """Take what the feed announces."""
+        for change in changes:
+            match change:
+                case NameChanged():
+                    self._on_name(change)
+                case InodeChanged():
+                    self._on_inode(change)
+                case DirectoryTouched():
+                    self._on_directory(change)
+                case _:
+                    pass
+
+    def _on_name(self, change: NameChanged) -> None:
+        is_own = self._namespace.is_own(change.origin)
+        has_older = self.inodes.has_older(change.parent)
+        if change.new is not None and is_own and has_older:
+            self._retire_directories(change.new)  # who knows in which of them it has been put
+        # A new name needs nothing: the kernel never caches that a name is missing.
+        if change.old is None:
+            return
+        # Where a directory has several kernel inodes, ours changed the names of one of them.
+        if not is_own or has_older:
+            self._forget_name(change.parent, change.name, change.old)
+        if not is_own and self._mirror.parent_of(change.old) != change.parent:
+            self._retire_directories(change.old)
+
+    def _retire_directories(self, top: InodeNumber) -> None:
+        """A directory was moved to another parent: new kernel inodes for it and those below it.
+
+        The kernel knows a directory only if it knows the one above, so the walk is no longer than
+        what it knows.
+        """
+        waiting: list[tuple[InodeNumber, KernelInode | None]] = [(top, None)]
+        while waiting:
+            ino, above = waiting.pop()
+            inode = self.inodes.current(ino)
+            if inode is None or not inode.record.is_directory:
+                continue
+            inode.inside = above
+            self.inodes.retire(inode)
+            children = self._mirror.children.get(ino, {}).values()
+            waiting.extend((child.ino, inode) for child in children if stat.S_ISDIR(child.kind))
+
+    def renamed(self, source: Name, target: Name, moved: InodeNumber) -> None:
+        """This node's kernel renamed what it believed `source` to be.
+
+        It held the directory all along, so it has not acted on a change of that name by another
+        node meanwhile: then it moved another inode to `target` than the cluster did.
+        """
+        if self.guard.is_waiting(source):
+            self._forget_name(*target, moved)
+
+    def _on_inode(self, change: InodeChanged) -> None:
+        self._on_older_directory(change)
+        inode = self.inodes.current(change.ino)
+        if inode is None:
+            return
+        if change.new is None and self._mirror.is_unreadable(change.ino):
+            self._hide(inode)
+        elif change.new is None:
+            self.inodes.retire(inode)
+        elif self._namespace.is_own(change.origin) and not self._is_foreign_commit(inode, change):
+            inode.record = change.new
+        elif change.new.is_file and self._is_new_view(inode, change.new):
+            self.retire(inode)
+        else:
+            inode.record = change.new
+            self._notifier.forget_attributes(inode.id)
+
+    def _hide(self, inode: KernelInode) -> None:
+        """The record cannot be read now: who has it open keeps what he has, others must ask."""
+        if inode.record.is_file:
+            self.retire(inode)
+            return
+        for parent, name in self._mirror.names.get(inode.ino, ()):
+            self._forget_name(parent, name, inode.ino)
+        self._notifier.forget_attributes(inode.id)
+
+    def _on_older_directory(self, change: InodeChanged) -> None:
+        """The older kernel inodes of a directory show it as it is now, unlike those of a file."""
+        if change.new is None or not change.new.is_directory:
+            return
+        for inode in self.inodes.all_of(change.ino):
+            if not inode.is_current:
+                inode.record = change.new
+                self._notifier.forget_attributes(inode.id)
+
+    @staticmethod
+    def _is_foreign_commit(inode: KernelInode, change: InodeChanged) -> bool:
+        """Whether this node committed contents, but through another kernel inode than this one."""
+        assert change.new is not None
+        has_written = inode.session is not None and inode.session.has_lease
+        return not has_written and change.new.version != inode.record.version
+
+    @staticmethod
+    def _is_new_view(inode: KernelInode, record: Inode) -> bool:
+        if inode.session is not None and inode.session.has_lease:
+            # Nobody else can have written; another node's utimens yields to our own writes.
+            return record.version != inode.record.version
+        return record.view != inode.record.view
+
+    def changed_through(self, inode: KernelInode) -> None:
+        """This node set attributes through a handle of an older view.
+
+        The kernel knows it of that kernel inode only, and must learn it of the current one too.
+        """
+        current = self.inodes.current(inode.ino)
+        if current is None or current is inode:
+            return
+        if current.session is None:
+            self.retire(current)
+        else:
+            self._notifier.forget_attributes(current.id)
+
+    def retire(self, inode: KernelInode) -> None:
+        """Make lookups of this file's names give another kernel inode."""
+        for parent, name in self._mirror.names.get(inode.ino, ()):
+            self._forget_name(parent, name, inode.ino)
+        self.inodes.retire(inode)
+
+    def _on_directory(self, change: DirectoryTouched) -> None:
+        known = self.inodes.all_of(change.ino)
+        if len(known) > 1 or not self._namespace.is_own(change.origin):
+            for inode in known:
+                self._notifier.forget_attributes(inode.id)
+
+    def _forget_name(self, parent: InodeNumber, name: bytes, old: InodeNumber) -> None:
+        # A directory that the kernel does not know has no name that it knows.
+        for directory in self.inodes.all_of(parent):
+            self.guard.raise_for(old, (parent, name))
+            self._notifier.forget_name(
+                directory.id, name, lambda: self.guard.lower_for(old, (parent, name))
+            )
+
+    def must_look_again(self, inode: KernelInode) -> bool:
+        """Whether an OPEN may have come here along a name that means something else by now."""
+        if not inode.is_current:
+            return True
+        if not self.guard.is_raised():
+            return False
+        seen: set[InodeNumber] = set()
+        above = [inode.ino]
+        while above:
+            ino = above.pop()
+            if ino in seen or ino == ROOT_INODE:
+                continue
+            if self.guard.covers(ino):
+                return True
+            seen.add(ino)
+            above.extend(parent for parent, _ in self._mirror.names.get(ino, ()))
+        return False

@@ -1,0 +1,103 @@
+"""Which calls were sent to look again (ESTALE), and what they found.
+
+The kernel looks again once, then tells the application ESTALE. So it must be known of a call
+whether it has been back already: by the thread that makes it, and the lookups since.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import trio
+
+from modelfs.errors import StaleHandle
+from modelfs.ids import KernelId
+from modelfsd.kernel.kernel_inodes import KernelInode
+from modelfsd.kernel.tree import Caller
+
+# The kernel comes back at once, but may wait for locks of directories in which others change names.
+SENT_BACK_SECONDS = 2.0  # to the next lookup, or from the last one to the call itself
+LOOKUPS_MAX = 4096  # of one call: a path has fewer names
+SENT_BACK_MAX = 4096  # callers that were told to look again and have not come back yet
+
+Entry = tuple[KernelId, bytes]  # a directory and a name
+
+
+@dataclass(slots=True)
+class _Look:
+    """What a call that was sent to look again has found so far."""
+
+    until: float  # trio's clock: when it is taken not to come back
+    sent_from: KernelId | None
+    shown: list[KernelId] = field(default_factory=list)
+    missed: Entry | None = None  # a name that was not there
+    found: KernelId | None = None  # what it was when it was looked up once more
+
+
+class SentBack:
+    """Calls of one kind that were sent to look again: what each was shown since.
+
+    A call may end without coming back (ENOENT, EACCES, a signal), and what a later call of the
+    same thread looks up must not pass for its look. So only what is surely retried may be sent
+    back through here, and a lookup in vain ends the look; but for one of the same name that comes
+    next, since an open with O_CREAT looks a missing name up twice. If it is there by then the
+    kernel must not remember it: an open by a later call then begins with a lookup of its own.
+    """
+
+    def __init__(self) -> None:
+        self._looks: OrderedDict[int, _Look] = OrderedDict()  # by pid
+
+    def send(self, caller: Caller, inode: KernelInode | None = None) -> NoReturn:
+        """Raise `StaleHandle`, for a call that came to this inode."""
+        until = trio.current_time() + SENT_BACK_SECONDS
+        self._looks[caller.pid] = _Look(until, inode.id if inode else None)
+        while len(self._looks) > SENT_BACK_MAX:
+            self._looks.popitem(last=False)
+        raise StaleHandle(caller.pid)
+
+    def note_lookup(self, caller: Caller, entry: Entry, inode: KernelInode | None) -> bool:
+        """A lookup was answered; None: in vain. Whether the kernel may remember the answer."""
+        look = self._looks.get(caller.pid)
+        now = trio.current_time()
+        if look is None or now > look.until:
+            return True
+        if look.missed is not None:
+            if entry != look.missed:
+                del self._looks[caller.pid]  # another call
+                return True
+            look.found = inode.id if inode else None
+            return False
+        look.until = now + SENT_BACK_SECONDS
+        if inode is None:
+            look.missed = entry
+        elif len(look.shown) < LOOKUPS_MAX:
+            look.shown.append(inode.id)
+        return True
+
+    def _end(self, caller: Caller) -> _Look | None:
+        look = self._looks.pop(caller.pid, None)
+        return look if look is not None and trio.current_time() <= look.until else None
+
+    def is_back(self, caller: Caller, inode: KernelInode) -> bool:
+        """Whether this call was sent back and was shown this very inode last. Tells once.
+
+        Or came back without a lookup, as through /proc/self/fd, where there is no name.
+        """
+        look = self._end(caller)
+        if look is None:
+            return False
+        if look.missed is not None:
+            return look.found == inode.id
+        return (look.shown[-1] if look.shown else look.sent_from) == inode.id
+
+    def is_back_on_the_way(self, caller: Caller, inode: KernelInode) -> bool:
+        """The same for a call that looks up another path after this inode, to a new name."""
+        look = self._end(caller)
+        return look is not None and inode.id in look.shown
+
+    def is_back_in_vain(self, caller: Caller) -> bool:
+        """Whether this call may have been sent back, and found nothing then. Tells once."""
+        look = self._end(caller)
+        return look is not None and look.missed is not None and look.found is None

@@ -1,0 +1,1 @@
+"""The namespace: etcd's state mirrored on this node, and changes to it."""

@@ -1,0 +1,1 @@
+"""Conversations with other nodes: the client and the server of the data port."""

@@ -1,0 +1,372 @@
+"""The contents of committed files: manifests, chunks and bytes, by inode record.
+
+A record's contents never change, so everything here may be cached by what it names. `read` serves
+a range; `Readahead` decides what to have at hand before it is asked for.
+
+Two ways to a chunk: whole (through the cache of chunk buffers, shared by all who want it at the
+same time, for streams) and in part (the 64 KiB blocks that a random read touches, not cached).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from modelfs import manifest as manifests
+from modelfs import stripe
+from modelfs.errors import ModelfsError
+from modelfs.ids import ChunkId
+from modelfs.inode import Inode
+from modelfs.limits import MIB
+from modelfs.manifest import Manifest, PlacedChunk
+from modelfsd.budget import ByteBudget
+from modelfsd.stages import timed
+from modelfsd.storage.chunks import Chunks
+from modelfsd.uses import current_use
+
+log = logging.getLogger(__name__)
+
+MANIFESTS_MAX = 256
+MANIFEST_BYTES_MAX = 64 * MIB  # of their roots and loaded pages; all of a 64 TiB file's are 49 MiB
+SPENT_BYTES_MAX = 16 * MIB
+ZEROS = bytes(MIB)
+
+Arrived = Callable[[ChunkId, int, memoryview], None]  # a chunk, its offset in the file, its bytes
+
+
+class Contents:
+    """Reads committed files. `run_in_background` starts a task in the node's nursery."""
+
+    def __init__(
+        self,
+        chunks: Chunks,
+        memory_bytes: int,
+        run_in_background: Callable[..., None],
+    ) -> None:
+        self._chunks = chunks
+        self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
+        self._buffers = ChunkBuffers(chunks, memory_bytes)
+        self._start = run_in_background
+        self.window_bytes_max = memory_bytes // 8
+
+    @property
+    def buffered_bytes(self) -> int:
+        """How much memory the chunk buffers hold."""
+        return self._buffers.used_bytes
+
+    def drop(self) -> int:
+        """Forget manifests and chunks that are at hand; returns how many bytes that frees."""
+        self._manifests.clear()
+        return self._buffers.drop()
+
+    # ------------------------------------------------------------ manifests
+
+    async def manifest(self, record: Inode) -> Manifest:
+        """The manifest of a record that has one. Raises `ChunkUnavailable`, `ProtocolError`."""
+        assert record.manifest is not None
+        found = self._manifests.get(record.manifest.id)
+        if found is None:
+            placed = record.manifest.placed
+            data = await self._chunks.read(placed, record.replicas, 0, placed.ref.length)
+            found = self._manifests.setdefault(record.manifest.id, manifests.decode(data))
+        self._manifests.move_to_end(record.manifest.id)
+        if len(self._manifests) > MANIFESTS_MAX:
+            self._manifests.popitem(last=False)
+        return found
+
+    @property
+    def manifest_bytes(self) -> int:
+        """How much memory the manifests take."""
+        return sum(manifest.loaded_bytes for manifest in self._manifests.values())
+
+    async def load_page(self, manifest: Manifest, page: int, replicas: int) -> None:
+        """Load one page of a manifest, if it is not loaded yet."""
+        placed = manifest.page_chunk(page)
+        data = await self._chunks.read(placed, replicas, 0, placed.ref.length)
+        manifest.add_page(page, data)
+        while len(self._manifests) > 1 and self.manifest_bytes > MANIFEST_BYTES_MAX:
+            self._manifests.popitem(
+                last=False
+            )  # who uses it has it, and those to come load it anew
+
+    async def entry(self, manifest: Manifest, index: int, replicas: int) -> PlacedChunk | None:
+        """The chunk at a position of a file; None for a hole."""
+        page = manifest.page_of(index)
+        if page is not None:
+            await self.load_page(manifest, page, replicas)
+        return manifest.entry(index)
+
+    async def all_entries(self, record: Inode) -> manifests.Entries:
+        """All entries of a file; empty for inline contents."""
+        if record.manifest is None:
+            return Manifest.empty(4 * MIB).table
+        manifest = await self.manifest(record)
+        for page in manifest.missing_pages():
+            await self.load_page(manifest, page, record.replicas)
+        return manifest.entries()
+
+    # ------------------------------------------------------------ bytes
+
+    async def read(
+        self, record: Inode, offset: int, size: int, whole_chunks: bool = False
+    ) -> bytes | memoryview:
+        """Up to `size` bytes from `offset`; short only at the end of the file."""
+        size = min(size, record.size - offset)
+        if size <= 0:
+            return b""
+        if record.manifest is None:
+            return (record.inline or b"").ljust(record.size, b"\0")[offset : offset + size]
+        manifest = await self.manifest(record)
+        pieces = list(stripe.cut(manifest.chunk_bytes, offset, size))
+        if len(pieces) == 1:
+            return await self._piece(record, manifest, pieces[0], whole_chunks)
+        results: list[bytes | memoryview] = [b""] * len(pieces)
+
+        async def fill(position: int) -> None:
+            results[position] = await self._piece(record, manifest, pieces[position], whole_chunks)
+
+        await gather(fill, len(pieces))
+        return b"".join(results)
+
+    async def _piece(
+        self, record: Inode, manifest: Manifest, piece: stripe.ChunkRange, whole: bool
+    ) -> bytes | memoryview:
+        placed = await self.entry(manifest, piece.index, record.replicas)
+        if placed is None:
+            return zeros(piece.size)
+        return await self.chunk_range(placed, record.replicas, piece.start, piece.size, whole)
+
+    async def chunk_range(
+        self, placed: PlacedChunk, replicas: int, start: int, size: int, whole: bool = False
+    ) -> bytes | memoryview:
+        """A range of a chunk position: what is stored, then zeros."""
+        stored = max(0, min(size, placed.ref.length - start))
+        if not stored:
+            return zeros(size)
+        buffer = self._buffers.get(placed.ref.id)
+        if buffer is not None:
+            current_use().memory_bytes += stored
+        elif whole:
+            buffer = await self._buffers.fetch(placed, replicas)
+        if buffer is not None:
+            data = buffer[start : start + stored]
+            self._buffers.note_read(placed.ref.id, stored)
+        else:
+            data = await self._chunks.read(placed, replicas, start, stored)
+        return data if stored == size else b"".join((data, zeros(size - stored)))
+
+    # ------------------------------------------------------------ readahead
+
+    def read_ahead(
+        self, record: Inode, start: int, end: int, arrived: Arrived | None = None
+    ) -> int:
+        """Have the chunks of [start, end) fetched in the background, as far as memory allows.
+
+        `arrived` is told of each that is here. Returns the offset up to which all are ordered.
+        """
+        end = min(end, record.size)
+        if record.manifest is None or start >= end:
+            return start
+        manifest = self._manifests.get(record.manifest.id)
+        if manifest is None:
+            return start
+        index = stripe.locate(manifest.chunk_bytes, start)[0]
+        while start < end:
+            if manifest.page_of(index) is not None:
+                self._start(self._load_page_quietly, manifest, index, record.replicas)
+                return start
+            begin, size = stripe.span(manifest.chunk_bytes, index)
+            placed = manifest.entry(index)
+            if placed is not None and not self._buffers.is_spent(placed.ref.id):
+                is_known = self._buffers.is_known(placed.ref.id)
+                if not is_known and not self._buffers.has_room(placed.ref.length):
+                    return start
+                if not is_known or arrived is not None:
+                    self._start(self._fetch_quietly, placed, record.replicas, begin, arrived)
+            start, index = begin + size, index + 1
+        return start
+
+    async def _fetch_quietly(
+        self, placed: PlacedChunk, replicas: int, begin: int, arrived: Arrived | None
+    ) -> None:
+        try:
+            data = await self._buffers.fetch(placed, replicas)
+        except ModelfsError as error:  # whoever reads this range will be told
+            log.debug("readahead: %s", error)
+            return
+        if arrived is not None:
+            await trio.lowlevel.checkpoint()  # readers who wait for this chunk come first
+            arrived(placed.ref.id, begin, data)
+
+    def note_read(self, chunk: ChunkId, size: int) -> None:
+        """The kernel has so many more bytes of a chunk."""
+        self._buffers.note_read(chunk, size)
+
+    async def _load_page_quietly(self, manifest: Manifest, index: int, replicas: int) -> None:
+        try:
+            await self.entry(manifest, index, replicas)
+        except ModelfsError as error:  # as above
+            log.debug("readahead: %s", error)
+
+
+class ChunkBuffers:
+    """Whole chunks in memory; one fetch at a time for each.
+
+    A chunk whose bytes have all been read is *spent*: the kernel has them, and data should be in
+    memory once. A few spent ones are kept for who comes a moment later; their memory is the next
+    to be used again, while the processor's caches still have it. Of the others the least recently
+    used goes first.
+    """
+
+    def __init__(self, chunks: Chunks, total_bytes: int) -> None:
+        self._chunks = chunks
+        self._budget = ByteBudget(total_bytes)
+        self._held: OrderedDict[ChunkId, _Held] = OrderedDict()  # spent ones are not in here
+        self._spent: OrderedDict[ChunkId, _Held] = OrderedDict()
+        self._held_bytes = self._spent_bytes = 0  # of both; of the spent ones among them
+        self._fetching: dict[ChunkId, _Fetch] = {}
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes held, and on their way."""
+        return self._budget.used_bytes
+
+    def get(self, chunk: ChunkId) -> memoryview | None:
+        """A chunk that is here."""
+        found = self._held.get(chunk)
+        if found is not None:
+            self._held.move_to_end(chunk)
+            return found.data
+        found = self._spent.get(chunk)
+        return found.data if found is not None else None
+
+    def note_read(self, chunk: ChunkId, size: int) -> None:
+        """So many bytes of a chunk were handed out; if that was the last of it, it is spent."""
+        held = self._held.get(chunk)
+        if held is None:
+            return
+        held.unread_bytes -= size
+        if held.unread_bytes <= 0:
+            self._spent[chunk] = self._held.pop(chunk)
+            self._spent_bytes += len(held.data)
+            while self._spent_bytes > SPENT_BYTES_MAX:
+                self._let_go_of_one()
+
+    def is_known(self, chunk: ChunkId) -> bool:
+        """Whether the chunk is here or on its way."""
+        return chunk in self._held or chunk in self._fetching or chunk in self._spent
+
+    def is_spent(self, chunk: ChunkId) -> bool:
+        """Whether all of the chunk has been read."""
+        return chunk in self._spent
+
+    def has_room(self, size: int) -> bool:
+        """Whether a fetch can begin without waiting for another to end."""
+        fetching_bytes = self._budget.used_bytes - self._held_bytes
+        return fetching_bytes + size <= self._budget.total_bytes
+
+    def drop(self) -> int:
+        """Let go of every buffer that is held; returns how many bytes they had."""
+        freed = self._held_bytes
+        self._make_room(self._budget.total_bytes)
+        return freed
+
+    async def fetch(self, placed: PlacedChunk, replicas: int) -> memoryview:
+        """A whole chunk: from here, from a fetch under way, or by a new one."""
+        chunk = placed.ref.id
+        found = self.get(chunk)
+        if found is not None:
+            return found
+        fetch = self._fetching.get(chunk)
+        if fetch is None:
+            fetch = self._fetching[chunk] = _Fetch()
+            await self._carry_out(fetch, placed, replicas)
+        else:
+            await fetch.done.wait()
+        if fetch.error is not None:
+            raise fetch.error
+        assert fetch.data is not None
+        return fetch.data
+
+    async def _carry_out(self, fetch: _Fetch, placed: PlacedChunk, replicas: int) -> None:
+        size = placed.ref.length
+        is_taken = False
+        try:
+            self._make_room(size)
+            with timed("memory_queue"):
+                await self._budget.take(size)
+            is_taken = True
+            fetch.data = await self._chunks.read(placed, replicas, 0, size)
+            self._held[placed.ref.id] = _Held(fetch.data, size)
+            self._held_bytes += size
+        except ModelfsError as error:
+            fetch.error = error
+        except BaseException:
+            fetch.error = ModelfsError("the read was cancelled")
+            raise
+        finally:
+            if is_taken and fetch.data is None:
+                self._budget.give(size)
+            del self._fetching[placed.ref.id]
+            fetch.done.set()
+            self._make_room(self._budget.wanted_bytes)
+
+    def _make_room(self, size: int) -> None:
+        """Let go of buffers until `size` bytes are free, or none is held."""
+        while self._held_bytes and self._budget.used_bytes + size > self._budget.total_bytes:
+            self._let_go_of_one()
+
+    def _let_go_of_one(self) -> None:
+        if self._spent:
+            size = len(self._spent.popitem(last=False)[1].data)
+            self._spent_bytes -= size
+        else:
+            size = len(self._held.popitem(last=False)[1].data)
+        self._held_bytes -= size
+        self._budget.give(size)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A chunk that is here."""
+
+    data: memoryview
+    unread_bytes: int
+
+
+class _Fetch:
+    """A fetch under way, and those who wait for it."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.data: memoryview | None = None
+        self.error: ModelfsError | None = None
+
+
+def zeros(size: int) -> bytes:
+    """`size` zero bytes."""
+    return ZEROS[:size] if size <= len(ZEROS) else bytes(size)
+
+
+async def gather(task: Callable[[int], Awaitable[None]], count: int) -> None:
+    """Run task(0) … task(count - 1) together.
+
+    A `ModelfsError` or OSError of one is raised as itself, not in a group.
+    """
+    failures: list[ModelfsError | OSError] = []
+
+    async def guarded(position: int) -> None:
+        try:
+            await task(position)
+        except (ModelfsError, OSError) as error:
+            failures.append(error)
+
+    async with trio.open_nursery() as nursery:
+        for position in range(count):
+            nursery.start_soon(guarded, position)
+    if failures:
+        raise failures[0]

@@ -1,0 +1,71 @@
+"""Repairs this node's own damaged chunks from other replicas.
+
+Damage is found by a local read, or reported by a peer that was sent bad bytes. The store judges its
+copy itself; a bad one is put aside and fetched anew.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import trio
+
+from modelfs.chunk import ChunkRef, describe
+from modelfs.errors import ChunkMissing, ModelfsError
+from modelfs.ids import Epoch
+from modelfs.manifest import PlacedChunk
+from modelfs.ports import Holding
+from modelfsd.storage.chunks import Chunks
+
+log = logging.getLogger(__name__)
+
+QUEUE_MAX = 256  # reports that wait; a report that finds no room comes again with the next read
+
+
+class Repairer:
+    """One task that repairs, one chunk after the other."""
+
+    def __init__(self) -> None:
+        self._send, self._reports = trio.open_memory_channel[ChunkRef](QUEUE_MAX)
+        self._token = trio.lowlevel.current_trio_token()
+        self._queued: set[bytes] = set()
+        self.repaired = 0
+
+    def report(self, ref: ChunkRef) -> None:
+        """A local copy failed its check. From trio's thread."""
+        if ref.id in self._queued:
+            return
+        try:
+            self._send.send_nowait(ref)
+        except trio.WouldBlock:
+            return
+        self._queued.add(ref.id)
+
+    def report_from_thread(self, ref: ChunkRef) -> None:
+        """As `report`, from any thread."""
+        self._token.run_sync_soon(self.report, ref)
+
+    async def run(self, chunks: Chunks) -> None:
+        """Repair what is reported, for ever."""
+        async for ref in self._reports:
+            self._queued.discard(ref.id)
+            try:
+                await self._repair(chunks, ref)
+            except (ModelfsError, OSError) as error:
+                log.error("chunk %s could not be repaired: %s", ref.id.hex()[:16], error)
+
+    async def _repair(self, chunks: Chunks, ref: ChunkRef) -> None:
+        try:
+            if await trio.to_thread.run_sync(chunks.store.verify, ref.id):
+                return
+        except ChunkMissing:
+            log.debug("chunk %s is gone already", ref.id.hex()[:16])
+        placement = chunks.mirror.latest_map
+        epoch = placement.epoch if placement else Epoch(0)
+        data = await chunks.read(PlacedChunk(ref, epoch), 1, 0, ref.length)
+        found, table = await trio.to_thread.run_sync(describe, data)
+        assert found == ref
+        await trio.to_thread.run_sync(chunks.store.put, ref, table, data, Holding.OWNED)
+        await trio.to_thread.run_sync(chunks.store.sync)
+        self.repaired += 1
+        log.info("chunk %s is repaired", ref.id.hex()[:16])

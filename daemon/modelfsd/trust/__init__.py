@@ -1,0 +1,1 @@
+"""Who belongs to the cluster: certificates, keys, tokens, joining."""
