@@ -98,7 +98,7 @@ class WorkingCopy:
         Raises `OutOfSpace` and `FileTooLarge`; then the copy must not be committed.
         """
         if offset + len(data) > FILE_BYTES_MAX:
-            raise FileTooLarge(self.ino)
+            raise FileTooLarge(f"inode {self.ino} would grow past {FILE_BYTES_MAX} bytes")
         end = offset + len(data)
         if self._held is not None and (end > INLINE_BYTES_MAX or self._making.locked()):
             await self.spill()
@@ -184,7 +184,7 @@ class WorkingCopy:
     async def truncate(self, size: int) -> None:
         """Set the file's size. What is cut off reads as zeros should the file grow again."""
         if size > FILE_BYTES_MAX:
-            raise FileTooLarge(self.ino)
+            raise FileTooLarge(f"inode {self.ino} would grow past {FILE_BYTES_MAX} bytes")
         shrinks = size < self.size
         if self._held is not None and size <= INLINE_BYTES_MAX:
             self._hold(size)
