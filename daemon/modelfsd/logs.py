@@ -39,7 +39,7 @@ class LineFormatter(logging.Formatter):
         self.journal = journal
 
     def format(self, record: logging.LogRecord) -> str:
-        name = record.name.rpartition(".")[2]
+        name = record.name.removeprefix("modelfsd.").removeprefix("modelfs.")
         if self.journal:
             head = f"<{_priority(record.levelno)}>"
         else:
