@@ -160,6 +160,9 @@ class PeerServer:
                 self._complain("accept", f"cannot accept connections: {error}")
                 self._stopping.wait(PULSE_INTERVAL_SECONDS)
                 continue
+            if self._stopping.is_set():
+                connection.close()
+                return
             try:
                 self._begin(connection, address[0], f"{address[0]}:{address[1]}")
             except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
@@ -195,7 +198,7 @@ class PeerServer:
     def _obstacle(self, host: str) -> str:
         """Why there is no room for a connection from `host`; empty if there is. Locked."""
         unproved = [session for session in self._sessions if session.peer is None]
-        if len(self._sessions) >= CONNECTIONS_MAX or self._stopping.is_set():
+        if len(self._sessions) >= CONNECTIONS_MAX:
             return f"{CONNECTIONS_MAX} connections are open"
         if len(unproved) >= UNPROVED_MAX:
             return f"{UNPROVED_MAX} connections without a certificate are open"
