@@ -32,6 +32,10 @@ THREADS = 4
 # An OPEN that walked the old name may wait this long in the kernel's queue before we see it.
 GRACE_SECONDS = 2.0
 
+# ENOENT: the kernel did not know the name. ENOSYS: libfuse has not heard of the kernel yet, which
+# knows nothing then. ENOTCONN, ENODEV: it is unmounting.
+HARMLESS = frozenset({errno.ENOENT, errno.ENOSYS, errno.ENOTCONN, errno.ENODEV})
+
 Acknowledge = Callable[[], None]
 
 
@@ -126,8 +130,7 @@ class _Worker:
                     else:
                         pyfuse3.invalidate_entry(pyfuse3.InodeT(inode), pyfuse3.FileNameT(what))
             except OSError as error:
-                # ENOENT: the kernel did not know the name. ENOTCONN, ENODEV: it is unmounting.
-                if error.errno not in (errno.ENOENT, errno.ENOTCONN, errno.ENODEV):
+                if error.errno not in HARMLESS:
                     log.warning("the kernel refused to forget inode %d: %s", inode, error)
             for acknowledge in acknowledges:
                 acknowledge()
