@@ -110,6 +110,23 @@ async def test_a_small_file_costs_two_transactions_and_one_read(tmp_path: Path) 
         assert store.taken() == (0, 10)
 
 
+async def test_the_first_look_at_a_file_that_another_node_is_writing_is_a_fresh_one(
+    tmp_path: Path,
+) -> None:
+    async with mounted(tmp_path) as (_, store, one, two):
+        number, _ = await one.files.create(one.root, b"new", MODE, os.O_WRONLY, CALLER, no_groups)
+        await one.files.write(number, 0, b"x" * 4096)
+        await two.node.feed.fresh()
+        await one.files.flush(number)
+        assert (await two.tree.lookup(two.root, b"new")).record.size == 4096
+        await one.files.release(number)
+        await two.node.feed.fresh()
+        await trio.sleep(0.1)  # the lease has lingered, and gone
+        store.taken()
+        assert (await two.tree.lookup(two.root, b"new")).record.size == 4096
+        assert store.taken() == (0, 0)
+
+
 async def test_leases_of_many_small_files_go_back_together(
     tmp_path: Path, virtual_time: trio.testing.MockClock
 ) -> None:

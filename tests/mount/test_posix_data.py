@@ -33,6 +33,7 @@ def test_exclusive_creation_refuses_what_exists(here: Path) -> None:
 def test_opening_with_truncation_empties_a_file_for_all(dirs: Dirs) -> None:
     (dirs[0] / "file").write_bytes(b"x" * 100_000)
     os.close(os.open(dirs[0] / "file", os.O_WRONLY | os.O_TRUNC))
+    assert [(directory / "file").read_bytes() for directory in dirs] == [b"", b"", b""]
     assert [(directory / "file").stat().st_size for directory in dirs] == [0, 0, 0]
 
 

@@ -60,15 +60,23 @@ class Tree:
     # ------------------------------------------------------------ looking
 
     async def lookup(self, parent: KernelInode, name: bytes) -> KernelInode:
-        """The inode behind a name. Raises `NoSuchEntry`, surely."""
+        """The inode behind a name. Raises `NoSuchEntry`, surely.
+
+        Of a file that another node was seen to write the first look is a fresh one: it may be
+        closed by now, and whoever was told so expects its size.
+        """
         check_name(name)
         child = self._mirror.child(parent.ino, name)
-        if child is None:
+        if child is None or self._is_written_elsewhere(child.ino):
             await self._namespace.fresh()
             child = self._mirror.child(parent.ino, name)
         if child is None:
             raise NoSuchEntry(name)
         return self._counted(parent, child.ino, self._namespace.require(child.ino))
+
+    def _is_written_elsewhere(self, ino: InodeNumber) -> bool:
+        lease = self._mirror.lease(ino)
+        return lease is not None and lease[0] != self._namespace.node_id
 
     def _counted(self, parent: KernelInode, ino: InodeNumber, record: Inode) -> KernelInode:
         inode = self._cache.inodes.show_in(parent, ino, record)
