@@ -231,9 +231,9 @@ def test_mode_owner_and_times_are_kept_to_the_nanosecond(dirs: Dirs) -> None:
     os.chown(file, 1234, 5678, follow_symlinks=False)
     os.chmod(file, 0o751)
     os.utime(file, ns=(1_000_000_001, 2_000_000_000_000_000_003))
-    last = file.stat().st_ctime_ns
+    last = file.stat().st_mtime_ns
     wait_until(
-        lambda: {(directory / "file").stat().st_ctime_ns for directory in dirs} == {last},
+        lambda: {(directory / "file").stat().st_mtime_ns for directory in dirs} == {last},
         "the last change",
     )
     for directory in dirs:
