@@ -7,8 +7,8 @@ Everything here is pure: no sockets, no clock, no FUSE. Read it in this order:
   file), `inode` (the records that etcd holds), `attributes` (what chmod and its kind make of one),
   `keys` (where etcd holds them), `holdings` (what one node has of it all), `announced` (what a
   mirror holds and tells)
-- decisions: `placement` (which nodes hold a chunk), `access` (what to read ahead), `history`
-  (what a name showed before), `names` (their index) and `mirror` (the namespace in memory),
+- decisions: `placement` (which nodes hold a chunk), `access` and `strides` (what to read ahead),
+  `history` (what a name showed before), `names` (their index), `mirror` (the namespace in memory),
   `policy` (what directories hand down),
   `changes` (every change of the namespace, as one guarded transaction),
   `xattrs` (those of extended attributes), `access_times` (those of atime),

@@ -4,7 +4,7 @@ Judged for each file view, not for each handle: ranks and threads of one loader 
 the kernel's own readahead arrives out of order. A *stream* is a run of requests of which each
 begins near where the last one ended; a few are followed at once. Its window is twice what it has
 read, within bounds, so what is fetched in vain is bounded too; a request that continues no stream
-is random, and gets no readahead.
+is part of a stride (see `strides`) or random, and random ones get no readahead.
 
 What is read ahead may be put into the kernel's pages before it is asked for, and then is never
 asked for. So a stream goes on wherever it is next heard of within what was ordered for it.
@@ -15,21 +15,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from modelfs.limits import KIB, MIB
+from modelfs.strides import Run, Stride, StridePattern
 
 STREAMS_MAX = 8
 SLACK_BYTES = 2 * MIB  # requests of one stream arrive out of order by as much as the kernel reads
 SKIP_BYTES = 1 * MIB  # a stream may leave out so much
 START_BYTES = 256 * KIB  # a first read within this of the file's start begins a stream
 STEPS_MIN = 2  # elsewhere, a stream has gone on so often before it is believed
-WINDOW_BYTES_MIN = 4 * MIB
+WINDOW_BYTES_MIN = 4 * MIB  # of those; others may be short runs, which end soon
 
 
 @dataclass(slots=True, eq=False)
-class Stream:
+class Stream(Run):
     """One reader's way through a file. `ordered_end` is for who reads ahead to keep."""
 
-    begin: int
-    end: int  # one past the furthest byte asked for
     window: int  # how far ahead of `end` to fetch; 0 while this is not believed to be a stream
     ordered_end: int  # one past the furthest byte that is here or on its way
     steps: int = 0
@@ -41,26 +40,33 @@ class Stream:
 
 
 class AccessPattern:
-    """The streams of one file view."""
+    """The streams and strides of one file view."""
 
     def __init__(self, window_bytes_max: int) -> None:
         self._streams: list[Stream] = []  # the most recent last
+        self._strides = StridePattern()
         self._window_max = window_bytes_max
 
-    def observe(self, offset: int, size: int) -> Stream | None:
-        """Take one request. Returns the stream that it belongs to; None if it is random."""
+    def observe(self, offset: int, size: int) -> Stream | Stride | None:
+        """Take one request. Returns what it belongs to; None if it is random, so far."""
         end = offset + size
         stream = self._matching(offset)
+        if stream is None or not stream.window:
+            stride = self._strides.take(offset, size)
+            if stride is not None:
+                return stride
         if stream is None:
             window = WINDOW_BYTES_MIN if offset <= START_BYTES else 0
             stream = Stream(offset, end, window, offset)
             self._streams.append(stream)
             del self._streams[:-STREAMS_MAX]
+            self._strides.begin(offset, self._streams)
         elif end > stream.end:
             stream.end = end
             stream.steps += 1
             if stream.window or stream.steps >= STEPS_MIN:
-                wanted = max(WINDOW_BYTES_MIN, 2 * (end - stream.begin))
+                least = WINDOW_BYTES_MIN if stream.begin <= START_BYTES else SKIP_BYTES
+                wanted = max(least, 2 * (end - stream.begin))
                 stream.window = min(wanted, self._window_max)
         return stream if stream.window else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -122,6 +123,35 @@ def test_random_pages_fetch_what_the_kernel_asks_for(
     _, fetched, pushed = cost.so_far()
     assert fetched <= touched * READ_AHEAD_KIB * 1024
     assert pushed == 0
+
+
+@pytest.mark.parametrize("how", ["read", "mmap", "backwards"])
+def test_of_a_stride_the_next_runs_are_pushed_and_nothing_between(
+    lab: Lab, dirs: Dirs, how: str
+) -> None:
+    size, step, length = 160 * MIB, 6 * MIB, 256 * 1024
+    contents = b"".join(number.to_bytes(8, "little") * (MIB // 8) for number in range(size // MIB))
+    (dirs[0] / "file").write_bytes(contents)
+    starts = list(range(12 * MIB, size - length, step))
+    if how == "backwards":
+        starts.reverse()
+    cost = Cost(lab.nodes[1])
+    with (dirs[1] / "file").open("rb", buffering=0) as file:
+        with mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ) as mapped:
+            for start in starts:
+                if how == "mmap":
+                    found = mapped[start : start + length]
+                else:
+                    file.seek(start)
+                    found = file.read(length)
+                assert found == contents[start : start + length]
+                time.sleep(0.02)  # so that what was foretold is there before it is asked for
+    reads, fetched, pushed = cost.so_far()
+    wanted = len(starts) * length
+    assert pushed > wanted // 3
+    before_it_is_known = 3 * 4 * MIB
+    assert fetched < before_it_is_known + 2.5 * wanted  # the kernel reads around a touched page
+    assert reads < 2 * len(starts)
 
 
 def test_eight_readers_fetch_a_file_once(lab: Lab, dirs: Dirs) -> None:

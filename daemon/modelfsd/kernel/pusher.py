@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import pyfuse3
 import trio
 
-from modelfs.access import Stream
 from modelfs.ids import KernelId
 from modelfs.inode import Inode
 from modelfs.limits import MIB, PAGE_BYTES
+from modelfs.strides import Run
 from modelfsd.kernel.kernel_inodes import KernelInode, KernelInodes
 from modelfsd.stages import timed
 
@@ -51,7 +51,7 @@ class Push:
 
     inode: KernelInode
     record: Inode  # the view that the bytes are of
-    stream: Stream
+    run: Run  # that they are for
     offset: int
     data: memoryview
     finished: Finished
@@ -143,7 +143,7 @@ class Pusher:
     def _store(self, push: Push) -> int:
         """Push what the reader has not asked for meanwhile; returns how much of it is done with."""
         skipped = min(
-            max(0, -(-push.stream.end // PAGE_BYTES) * PAGE_BYTES - push.offset), len(push.data)
+            max(0, -(-push.run.end // PAGE_BYTES) * PAGE_BYTES - push.offset), len(push.data)
         )
         data = push.data[skipped:]
         if not len(data):

@@ -4,6 +4,8 @@
 what has come is pushed into the kernel's pages, so that the reader finds it there. A reader who
 finds everything is never heard of again; so here and there the first pages of a chunk are left
 out (a *mark*): the READ that they cost says how far the reader is, and moves the window on.
+
+Of a stride the next runs are fetched and pushed, and nothing between them.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from modelfs.access import WINDOW_BYTES_MIN, AccessPattern, Stream
 from modelfs.ids import ChunkId
 from modelfs.inode import Inode
 from modelfs.limits import KIB, PAGE_BYTES
+from modelfs.strides import Run, Stride
 from modelfsd.kernel.kernel_inodes import KernelInode
 from modelfsd.kernel.pusher import Push, Pusher
 from modelfsd.storage.contents import Contents
@@ -33,15 +36,38 @@ class Readahead:
         """Take one READ; fetch ahead of it. Returns whether it is part of a stream."""
         if inode.access is None:
             inode.access = AccessPattern(self._contents.window_bytes_max)
-        stream = inode.access.observe(offset, size)
-        if stream is None:
-            return False
+        found = inode.access.observe(offset, size)
+        if isinstance(found, Stream):
+            self._follow(inode, found, offset)
+        elif found is not None:
+            self._foretell(inode, found)
+        return isinstance(found, Stream)
+
+    def _follow(self, inode: KernelInode, stream: Stream, offset: int) -> None:
+        """Fetch ahead of a stream."""
         record, start = inode.record, max(stream.ordered_end, offset)
         if start < stream.goal:
             spacing = max(WINDOW_BYTES_MIN, stream.window // MARKS_PER_WINDOW)
             arrived = partial(self._arrived, inode, record, stream, spacing)
             stream.ordered_end = self._contents.read_ahead(record, start, stream.goal, arrived)
-        return True
+
+    def _foretell(self, inode: KernelInode, stride: Stride) -> None:
+        """Fetch the next runs of a stride."""
+        record = inode.record
+        for run, is_mark in stride.ahead(record.size, self._contents.window_bytes_max):
+            start = run.begin - run.begin % PAGE_BYTES + is_mark * PAGE_BYTES
+            end = min(-(-(run.begin + stride.length) // PAGE_BYTES) * PAGE_BYTES, record.size)
+            arrived = partial(self._run_arrived, inode, record, run)
+            self._contents.read_run_ahead(record, start, end, arrived)
+
+    def _run_arrived(
+        self, inode: KernelInode, record: Inode, run: Run, begin: int, data: memoryview
+    ) -> None:
+        finished = partial(self._run_pushed, current_use())
+        self._pusher.offer(Push(inode, record, run, begin, data, finished))
+
+    def _run_pushed(self, use: FileUse, taken_bytes: int) -> None:
+        use.pushed_bytes += taken_bytes
 
     def _arrived(
         self,

@@ -35,6 +35,7 @@ MANIFEST_BYTES_MAX = 64 * MIB  # of their roots and loaded pages; all of a 64 Ti
 SPENT_BYTES_MAX = 16 * MIB
 ZEROS = bytes(MIB)
 
+RunArrived = Callable[[int, memoryview], None]  # the offset in the file, the bytes
 Arrived = Callable[[ChunkId, int, memoryview], None]  # a chunk, its offset in the file, its bytes
 
 
@@ -189,6 +190,21 @@ class Contents:
                     self._start(self._fetch_quietly, placed, record.replicas, begin, arrived)
             start, index = begin + size, index + 1
         return start
+
+    def read_run_ahead(self, record: Inode, start: int, end: int, arrived: RunArrived) -> None:
+        """Have [start, end) fetched in the background, in part where a chunk is larger."""
+        if record.manifest is not None and start < end:
+            self._start(self._read_quietly, record, start, end - start, arrived)
+
+    async def _read_quietly(
+        self, record: Inode, start: int, size: int, arrived: RunArrived
+    ) -> None:
+        try:
+            data = await self.read(record, start, size)
+        except ModelfsError as error:  # as below
+            log.debug("readahead: %s", error)
+            return
+        arrived(start, memoryview(data))
 
     async def _fetch_quietly(
         self, placed: PlacedChunk, replicas: int, begin: int, arrived: Arrived | None
