@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import trio
+import trio.testing
 
 from modelfs.ports import Put, Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
@@ -60,3 +62,55 @@ async def test_who_is_left_alone_soon_waits_no_more(virtual_time: trio.testing.M
         await work(group, "alone", 50, 0)
         waited = trio.current_time() - started - 50 * TRANSACTION_SECONDS
     assert waited < 7 * min(TRANSACTION_SECONDS, COMPANY_SECONDS_MAX)
+
+
+def put(name: str) -> Txn:
+    return Txn((), (Put(name.encode(), b""),))
+
+
+async def test_what_has_patience_rides_along(virtual_time: trio.testing.MockClock) -> None:
+    async with trio.open_nursery() as nursery:
+        group = GroupCommit(SlowStore(), nursery.start_soon)
+        for number in range(20):
+            nursery.start_soon(group.commit, put(f"rider-{number}"), f"node:run:r{number}", 0.03)
+            await work(group, f"worker-{number}", 1, 0.01)
+    assert group.requests <= 21  # the last may find nobody
+
+
+async def test_patience_ends_and_what_nobody_takes_along_is_sent_alone(
+    virtual_time: trio.testing.MockClock,
+) -> None:
+    store = SlowStore()
+    async with trio.open_nursery() as nursery:
+        group = GroupCommit(store, nursery.start_soon)
+        started = trio.current_time()
+        result = await group.commit(put("rider"), "node:run:r", 0.03)
+        assert result.succeeded
+        assert trio.current_time() - started == pytest.approx(0.03 + TRANSACTION_SECONDS)
+        nursery.start_soon(group.commit, put("another"), "node:run:a", 3600.0)
+        await trio.testing.wait_all_tasks_blocked()
+        group.hurry()
+    assert trio.current_time() - started < 1
+    assert await store.get(b"another") is not None
+
+
+async def test_a_rider_that_is_cancelled_is_not_sent(virtual_time: trio.testing.MockClock) -> None:
+    store = SlowStore()
+    async with trio.open_nursery() as nursery:
+        group = GroupCommit(store, nursery.start_soon)
+        with trio.move_on_after(0.01):
+            await group.commit(put("rider"), "node:run:r", 0.03)
+        await work(group, "worker", 1, 0)
+    assert await store.get(b"rider") is None
+    assert group.requests == 1
+
+
+async def test_a_rider_that_clashes_stays_behind(virtual_time: trio.testing.MockClock) -> None:
+    store = SlowStore()
+    async with trio.open_nursery() as nursery:
+        group = GroupCommit(store, nursery.start_soon)
+        nursery.start_soon(group.commit, put("worker/0"), "node:run:r", 0.03)
+        await trio.testing.wait_all_tasks_blocked()
+        await work(group, "worker", 1, 0)
+        assert group.requests == 1
+    assert group.requests == 2

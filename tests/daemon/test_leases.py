@@ -12,7 +12,13 @@ from modelfs.errors import MetadataUncertain, WriterElsewhere
 from modelfs.ids import InodeNumber, NodeId
 from modelfs.ports import Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
-from modelfsd.metadata.leases import DROPPED_MAX, WAITERS_MAX, Leases
+from modelfsd.metadata.leases import (
+    DROPPED_MAX,
+    LINGER_SECONDS,
+    RIDE_SECONDS,
+    WAITERS_MAX,
+    Leases,
+)
 from tests.daemon.node_parts import Node, cluster_of
 
 
@@ -258,3 +264,20 @@ async def test_what_lingers_is_given_back_together(
         await two.feed.fresh()
         kept = {ino for holder in holders if holder_of(two, ino := holder.ino)}
         assert kept == {again.ino}
+
+
+async def test_a_lease_that_waits_for_company_on_its_way_back_is_had_again_at_once(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (one,) = cluster.nodes
+        holder = Holder(one, await one.make_file(b"file"))
+        await holder.take()
+        one.leases.linger(holder.ino, holder.token)
+        await trio.sleep(1.25 * LINGER_SECONDS)
+        assert one.leases.is_ours(holder.ino)  # nobody has taken it along yet
+        started = trio.current_time()
+        again = Holder(one, holder.ino)
+        await again.take()
+        assert trio.current_time() - started < RIDE_SECONDS / 2
+        assert again.token != holder.token

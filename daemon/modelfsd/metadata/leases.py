@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 RESERVED_SECONDS = 2.0  # for the kernel to come back with the OPEN that it was sent away with
 LINGER_SECONDS = 0.02  # after the last close: `echo >> log` in a loop takes one lease, not many
+RIDE_SECONDS = 0.03  # then, for another transaction to go with
 DROPPED_MAX = 100  # leases that one transaction gives back
 SWEEP_SECONDS = 5.0  # a lease that nobody holds in two looks in a row is left over
 WAITERS_MAX = 64  # opens that wait for other nodes; far below the requests FUSE has in hand
@@ -97,6 +98,8 @@ class Leases:
                     )
                 )
             except EntryExists:
+                if self.is_ours(ino):  # it is going back
+                    self._namespace.hurry()
                 # Only this wait is cut short: a lease taken by a cancelled change would have
                 # nobody to give it back.
                 with trio.move_on_at(deadline):
@@ -150,7 +153,8 @@ class Leases:
         """Keep a lease for a moment after the last close, for the open that often follows.
 
         Writers on other nodes wait those milliseconds longer. What was closed in the meantime is
-        given back in one transaction: a thousand small files cost no thousand of them.
+        given back in one transaction, which goes with another if one comes: a thousand small files
+        cost no thousand of them.
         """
         self._holders.pop(ino, None)
         reserved = self._reserved[ino] = _Reservation(token)
@@ -172,7 +176,7 @@ class Leases:
                         del self._reserved[ino]
                         due[ino] = reserved.token
                 if due:
-                    await self._drop_all(due)
+                    await self._drop_all(due, RIDE_SECONDS)
         finally:
             self._is_giving_back = False
 
@@ -194,9 +198,14 @@ class Leases:
         if self._is_held(ino, token):
             await self._drop_all({ino: token})
 
-    async def _drop_all(self, tokens: dict[InodeNumber, Revision]) -> None:
+    async def _drop_all(
+        self, tokens: dict[InodeNumber, Revision], patience_seconds: float = 0.0
+    ) -> None:
         try:
-            await self._namespace.change(lambda mirror: changes.drop_leases(mirror, tokens))
+            await self._namespace.change(
+                lambda mirror: changes.drop_leases(mirror, tokens),
+                patience_seconds=patience_seconds,
+            )
         except (MetadataUnavailable, MetadataUncertain) as error:
             inodes = ", ".join(map(str, tokens))
             log.warning("the leases of inodes %s could not be given back: %s", inodes, error)

@@ -87,16 +87,24 @@ class Namespace:
             return False
         return True
 
+    def hurry(self) -> None:
+        """Somebody waits for a change that was made with patience."""
+        self._group.hurry()
+
     async def reached(self, revision: Revision) -> None:
         """Wait until the mirror has applied `revision`. Raises `MetadataUnavailable`."""
         await self._feed.reached(revision)
 
     async def change(
-        self, make_plan: Callable[[Mirror], Plan[Result]], by_kernel: bool = True
+        self,
+        make_plan: Callable[[Mirror], Plan[Result]],
+        by_kernel: bool = True,
+        patience_seconds: float = 0.0,
     ) -> Result:
         """Make a plan, commit it, and wait until the mirror has it.
 
-        Unless it is `by_kernel`, the kernel is told of it like of another node's changes.
+        Unless it is `by_kernel`, the kernel is told of it like of another node's changes. With
+        patience it waits so long for another change that it can go with.
         Raises what the plan raises, `MetadataUnavailable` if it surely did not happen, and
         `MetadataUncertain` if that could not be found out.
         """
@@ -111,15 +119,16 @@ class Namespace:
                 plan = make_plan(self.mirror)
             if not plan.txn.ops:
                 return plan.result
-            if await self.attempt(plan.txn, by_kernel):
+            if await self.attempt(plan.txn, by_kernel, patience_seconds):
                 return plan.result
         raise MetadataUnavailable(f"{CONFLICTS_MAX} attempts at one change met a conflict")
 
-    async def attempt(self, txn: Txn, by_kernel: bool) -> bool:
+    async def attempt(self, txn: Txn, by_kernel: bool, patience_seconds: float = 0.0) -> bool:
         """Commit once. False if somebody else was faster; the mirror is fresh then. Raises as
         `change`.
         """
-        revision = await self._commit(txn, self._run if by_kernel else self._run_of_commands)
+        run = self._run if by_kernel else self._run_of_commands
+        revision = await self._commit(txn, run, patience_seconds)
         if revision is None:
             await self._feed.fresh()
             return False
@@ -130,7 +139,7 @@ class Namespace:
             raise MetadataUncertain(f"committed, but not seen again: {error}") from error
         return True
 
-    async def _commit(self, txn: Txn, run: str) -> Revision | None:
+    async def _commit(self, txn: Txn, run: str, patience_seconds: float) -> Revision | None:
         """The revision of the commit, or None if a comparison failed."""
         if not self._feed.is_attached:  # since a moment ago, or since long: do not wait again
             raise MetadataUnavailable("no connection to etcd")
@@ -141,7 +150,7 @@ class Namespace:
         loads = self._feed.resyncs
         while True:
             try:
-                result = await self._group.commit(txn, operation)
+                result = await self._group.commit(txn, operation, patience_seconds)
             except MetadataUncertain as error:
                 uncertain = error
             except MetadataUnavailable as error:
