@@ -14,12 +14,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from modelfs.limits import PAGE_BYTES
+from modelfs.limits import KIB, PAGE_BYTES
 
 STEPS_MIN = 3  # equal ones, before a stride is believed
 AHEAD_MAX = 32  # runs
 MARK_EVERY = 8
 STRIDES_MAX = 4  # followed at once
+STEP_BYTES_MIN = 64 * KIB  # with less between them it is one run, or the same one again
 STRAY_BYTES = PAGE_BYTES  # requests begin with pages, rows of an array anywhere
 
 
@@ -108,6 +109,8 @@ class StridePattern:
         The last of them is that run.
         """
         for second in runs[:-1]:
+            if abs(offset - second.begin) < STEP_BYTES_MIN:
+                continue
             wanted = 2 * second.begin - offset
             for first in runs[:-1]:
                 if first is not second and abs(first.begin - wanted) <= STRAY_BYTES:

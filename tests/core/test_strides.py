@@ -123,3 +123,27 @@ def test_a_stream_that_begins_where_a_stride_would_go_on_is_a_stream() -> None:
     found = [pattern.observe(begin + piece * 128 * KIB, 128 * KIB) for piece in range(6)]
     assert isinstance(found[0], Stride)
     assert isinstance(found[-1], Stream)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([4 * KIB, 128 * KIB, MIB])), max_size=80)
+)
+def test_whatever_is_asked_for_what_is_foretold_lies_in_the_file_and_is_told_once(
+    requests: list[tuple[int, int]],
+) -> None:
+    """Few places, so that runs are met again, from both sides and at distance zero."""
+    pattern, file_bytes = AccessPattern(64 * MIB), 41 * 4 * MIB
+    for place, size in requests:
+        found = pattern.observe(place * 4 * MIB, size)
+        if isinstance(found, Stride):
+            told = [run.begin for run, _ in found.ahead(file_bytes, 64 * MIB)]
+            assert all(0 <= begin < file_bytes for begin in told)
+            assert len(told) == len(set(told)) <= AHEAD_MAX
+            assert not list(found.ahead(file_bytes, 64 * MIB))
+
+
+def test_who_begins_again_and_again_at_the_same_place_is_no_stride() -> None:
+    pattern = AccessPattern(64 * MIB)
+    for _ in range(5):
+        for begin in range(FIRST, FIRST + 16 * MIB, MIB):
+            assert not isinstance(pattern.observe(begin, MIB), Stride)
