@@ -1,13 +1,14 @@
 """`./run bench`: how fast modelfs is here, beside the local disk and other file systems.
 
 A lab of three nodes with two replicas, all on this machine, so every figure is the cost of all
-nodes together. Each step runs at every place in turn, in alternating order, three times by default;
-the ratio that is shown is the median of the repetitions' own ratios, which a noisy machine disturbs
-least. CPU seconds are the whole machine's, for each GiB: let nothing else run beside it.
+nodes together; what encryption costs is told by a second one, which does without. Each step runs at
+every place in turn, in alternating order, three times by default; the ratio that is shown is the
+median of the repetitions' own ratios, which a noisy machine disturbs least. CPU time is the whole
+machine's, for each GiB or operation: let nothing else run beside it.
 
-It ends within ten minutes: when time runs out, repetitions and then groups are left out, and the
-table says so. Everything is taken away in the end, also after a signal; `./run` cleans up after
-one that was killed.
+It ends within ten minutes (twelve with a peer): when time runs out, repetitions and then groups are
+left out, and the table says so. Everything is taken away in the end, also after a signal; `./run`
+cleans up after one that was killed.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,14 +34,16 @@ from modelfsd.commands.stats import difference
 from modelfsd.lab.cluster import Lab
 from modelfsd.stages import Latencies
 from tests import bench_gluster, bench_stages
+from tests.bench_load import NO_TORCH, TORCH_ROWS, has_torch, loading
 from tests.bench_places import LocalDisk, Modelfs, Place
-from tests.bench_report import Results, environment, report
+from tests.bench_report import PLAIN, Results, environment, report
 from tests.bench_small import small_files, visibility
-from tests.bench_work import Step, Work, clear, loading, local_replica, parallel, sequential
+from tests.bench_work import Step, Work, clear, local_replica, parallel, sequential
 
 SECONDS_MAX = 570.0
+PEER_SECONDS_MAX = 150.0  # more
 ASK_SECONDS = 60.0
-SIZES_ON_DISK = 12  # replicas, shards, the local copy, caches, some air
+SIZES_ON_DISK = 16  # replicas, shards, the local copy, caches, some air
 MICRO_MIB_MAX = 256
 
 GROUPS: dict[str, Callable[[Work], Iterator[Step]]] = {
@@ -50,15 +54,20 @@ GROUPS: dict[str, Callable[[Work], Iterator[Step]]] = {
     "vis": visibility,
     "small": small_files,
 }
+DATA_TLS_OFF_TOO = "seq"  # the group that a cluster without encryption takes part in
+
+ExtraPlace = Callable[[], AbstractContextManager[Place]]
 
 
 class Bench:
-    """One run over several places."""
+    """One run over several places. `plain` is one more, which is there for one group only."""
 
-    def __init__(self, places: list[Place], work: Work, repetitions: int, ends_at: float) -> None:
+    def __init__(
+        self, places: list[Place], plain: ExtraPlace, work: Work, repetitions: int, ends_at: float
+    ) -> None:
         self.places, self.work, self.repetitions = places, work, repetitions
         self.results = Results()
-        self._ends_at = ends_at
+        self._plain, self._ends_at = plain, ends_at
 
     def run(self, groups: list[str]) -> None:
         """Measure these groups, as far as time allows."""
@@ -67,34 +76,35 @@ class Bench:
                 self.results.left_out.append(group)
                 continue
             say(f"{group}: {(GROUPS[group].__doc__ or '').strip()}")
-            before = self._measures()
-            self._run_group(group)
-            self.results.stages[group] = _joined(self._measures(), before)
+            started = time.monotonic()
+            with ExitStack() as stack:
+                places = [*self.places]
+                if group == DATA_TLS_OFF_TOO:  # next to the one that it is compared with
+                    places.insert(1, stack.enter_context(self._plain()))
+                before = self._measures()
+                self._run_group(group, places)
+                self.results.stages[group] = _joined(self._measures(), before)
+            say(f"{group}: took {time.monotonic() - started:.0f} s")
 
-    def _run_group(self, group: str) -> None:
-        steps = {place.name: list(GROUPS[group](self.work)) for place in self.places}
-        failed: set[str] = set()
+    def _run_group(self, group: str, all_places: list[Place]) -> None:
+        steps = {place: list(GROUPS[group](self.work)) for place in all_places}
+        failed: set[Place] = set()
         took = 0.0
         for repetition in range(self.repetitions):
             if repetition and time.monotonic() + took > self._ends_at:
                 self.results.left_out.append(f"{group}, from repetition {repetition + 1} on")
                 break
             started = time.monotonic()
-            places = self.places if repetition % 2 == 0 else self.places[::-1]
-            for number in range(len(steps[places[0].name])):
-                for place in places:
-                    if place.name in failed:
-                        continue
+            places = all_places if repetition % 2 == 0 else all_places[::-1]
+            for number in range(len(steps[places[0]])):
+                for place in (place for place in places if place not in failed):
                     try:
-                        found = steps[place.name][number](place, repetition)
+                        self.results.note(place, steps[place][number](place, repetition))
                     except OSError as error:
-                        self.results.errors.append(f"{group} on {place.name}: {error}")
-                        failed.add(place.name)
-                        continue
-                    for figure, value in found.items():
-                        self.results.values[figure][place.name].append(value)
+                        self.results.errors.append(f"{group} on {place.title}: {error}")
+                        failed.add(place)
             took = time.monotonic() - started
-        for place in self.places:
+        for place in all_places:
             clear(place)
 
     def _measures(self) -> list[dict[str, Any]]:
@@ -123,7 +133,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
         raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(GROUPS)}, stages")
     if os.geteuid() != 0:
         raise UserError("the benchmark drops the kernel's caches: run it as root")
-    ends_at = time.monotonic() + SECONDS_MAX - 60.0  # for the last group, and to clean up
+    if arguments.torch and not has_torch():
+        raise UserError("torch is not installed: ./run bench --torch installs it")
+    seconds = SECONDS_MAX + (PEER_SECONDS_MAX if arguments.peer else 0)
+    ends_at = time.monotonic() + seconds - 60.0  # for the last group, and to clean up
     work = Work(arguments.size_mib, arguments.small_files, 4 * arguments.small_files)
     directory = Path(
         tempfile.mkdtemp(prefix="modelfs-bench-", dir=os.environ.get("MODELFS_TEST_ROOT"))
@@ -135,13 +148,34 @@ def run_bench(arguments: argparse.Namespace) -> int:
             raise UserError(f"{directory} has too little room: set TMPDIR, or --size-mib to less")
         facts = environment(directory, work, arguments.reps)
         places = _places(stack, directory, arguments, facts)
-        bench = Bench(places, work, arguments.reps, ends_at)
+        plain = partial(_plain_place, directory, arguments.plain_lab)
+        bench = Bench(places, plain, work, arguments.reps, ends_at)
         bench.run(groups)
+        if "load" in groups and not has_torch():
+            bench.results.notes |= dict.fromkeys(TORCH_ROWS, NO_TORCH)
         if "stages" in arguments.only.split(","):
             say("stages: each by itself")
             bench.results.micro = bench_stages.measure(min(work.size_mib, MICRO_MIB_MAX), directory)
     report(bench.results, [place.name for place in places], facts, arguments.json)
     return 1 if bench.results.errors else 0
+
+
+@contextmanager
+def _plain_place(directory: Path, running: str | None) -> Iterator[Place]:
+    """A cluster like ours, but for `--data-tls off`."""
+    with ExitStack() as stack:
+        if running:
+            lab = Lab.open(running)
+        else:
+            say("starting a second lab, with --data-tls off")
+            lab = stack.enter_context(_new_lab(directory / "plain", ["--data-tls", "off"]))
+        place = Modelfs(lab, directory.name, PLAIN)
+        stack.callback(_remove, place.a)
+        yield place
+
+
+def _new_lab(root: Path, arguments: Sequence[str] = ()) -> Lab:
+    return Lab.up(root, nodes=3, replicas=2, arguments=arguments)
 
 
 def _places(
@@ -151,7 +185,7 @@ def _places(
         lab = Lab.open(arguments.lab)
     else:
         say("starting a lab of three nodes")
-        lab = stack.enter_context(Lab.up(directory / "lab", nodes=3, replicas=2))
+        lab = stack.enter_context(_new_lab(directory / "lab"))
     ours = Modelfs(lab, directory.name)
     stack.callback(_remove, ours.a)
     places: list[Place] = [ours, LocalDisk(directory / "local")]
@@ -192,8 +226,10 @@ def _arguments() -> argparse.Namespace:
     every = ",".join([*GROUPS, "stages"])
     parser.add_argument("--only", default=every, help="groups of figures (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write everything there, too")
+    parser.add_argument("--torch", action="store_true", help="torch.load must take part")
     parser.add_argument("--peer", choices=["gluster"], help="measure this one side by side")
     parser.add_argument("--lab", metavar="DIR", help="use this running lab, and leave it")
+    parser.add_argument("--plain-lab", metavar="DIR", help="and this one, with --data-tls off")
     return parser.parse_args()
 
 

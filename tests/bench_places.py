@@ -70,11 +70,17 @@ class Clock:
 
 
 class Place(ABC):
-    """A file system that is measured."""
+    """A file system that is measured. Its figures are the rows, with `suffix`, of column `name`."""
 
     name: str
+    suffix: str = ""
     a: Path
     b: Path
+
+    @property
+    def title(self) -> str:
+        """What it is called where it has no column of its own."""
+        return self.name + self.suffix.replace("_", " ")
 
     @abstractmethod
     def drop_client(self) -> None:
@@ -110,8 +116,8 @@ class Modelfs(Place):
 
     name = "modelfs"
 
-    def __init__(self, lab: Lab, directory: str) -> None:
-        self.lab = lab
+    def __init__(self, lab: Lab, directory: str, suffix: str = "") -> None:
+        self.lab, self.suffix = lab, suffix
         writer, self.reader = lab.nodes[0], lab.nodes[1]
         self.a, self.b = writer.mount / directory, self.reader.mount / directory
         self.a.mkdir()

@@ -12,7 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -20,37 +20,71 @@ from rich.text import Text
 from modelfs import __version__
 from modelfsd import mounts
 from modelfsd.commands import show
-from tests.bench_places import machine_cpu
-from tests.bench_work import Work
+from tests.bench_places import Place, machine_cpu
+from tests.bench_work import Figures, Work
 
-# figure -> (what it says, unit, whether more is better)
+
+class Figure(NamedTuple):
+    """A row of the table. Speeds have CPU seconds for each GiB beside them, rates and times
+    CPU milliseconds for each operation.
+    """
+
+    text: str
+    unit: str
+    higher_is_better: bool
+
+    @property
+    def cpu_unit(self) -> str:
+        """In what its CPU time is told."""
+        return "s/GiB" if self.unit == "GB/s" else "ms"
+
+
+def _speed(text: str) -> Figure:
+    return Figure(text, "GB/s", True)
+
+
+def _rate(text: str) -> Figure:
+    return Figure(text, "1/s", True)
+
+
+PLAIN = "_with_data-tls_off"  # what rows of the cluster that does not encrypt are filed under
+PLAIN_TEXT = "... with --data-tls off"
 FIGURES = {
-    "write": ("write, close and fsync", "GB/s", True),
-    "read_cold": ("read, all caches cold", "GB/s", True),
-    "read_client_cold": ("read, client-cold", "GB/s", True),
-    "read_warm": ("read again, a second open", "GB/s", True),
-    "read_warm_requests": ("... requests to the daemon", "", False),
-    "read_local_replica": ("read from the local replica, cold", "GB/s", True),
-    "raw_client_cold": ("plain read, client-cold", "GB/s", True),
-    "np_load_client_cold": ("np.load, client-cold", "GB/s", True),
-    "safetensors_client_cold": ("safetensors load_file, client-cold", "GB/s", True),
-    "mmap_in_order_client_cold": ("mmap in file order, client-cold", "GB/s", True),
-    "mmap_page_client_cold": ("mmap, random 4 KiB page, client-cold", "ms", False),
-    "read_4_files_client_cold": ("4 processes read 4 files, client-cold", "GB/s", True),
-    "read_1_file_by_8_client_cold": ("8 processes read one file, client-cold", "GB/s", True),
-    "create": ("create, write 4 KiB, close", "1/s", True),
-    "create_8": ("... by 8 processes", "1/s", True),
-    "open_read": ("open and read 4 KiB, client-cold", "1/s", True),
-    "open_read_8": ("... by 8 processes", "1/s", True),
-    "stat_warm": ("stat of a known file", "1/s", True),
-    "list_cold": ("ls -l, client-cold", "1/s", True),
-    "list_warm": ("ls -l again", "1/s", True),
-    "rename": ("rename", "1/s", True),
-    "rename_8": ("... by 8 processes", "1/s", True),
-    "unlink": ("unlink", "1/s", True),
-    "unlink_8": ("... by 8 processes", "1/s", True),
-    "visible_new": ("a new file is seen by another node", "ms", False),
-    "visible_rewritten": ("new contents are seen by another node", "ms", False),
+    "write": _speed("write, close and fsync"),
+    f"write{PLAIN}": _speed(PLAIN_TEXT),
+    "read_cold": _speed("read, all caches cold"),
+    f"read_cold{PLAIN}": _speed(PLAIN_TEXT),
+    "read_client_cold": _speed("read, client-cold"),
+    f"read_client_cold{PLAIN}": _speed(PLAIN_TEXT),
+    "read_warm": _speed("read again, a second open"),
+    "read_warm_requests": Figure("... requests to the daemon", "", False),
+    "read_local_replica": _speed("read from the local replica, cold"),
+    "raw_client_cold": _speed("plain read, client-cold"),
+    "np_load_client_cold": _speed("np.load, client-cold"),
+    "safetensors_client_cold": _speed("safetensors load_file, client-cold"),
+    "torch_load_client_cold": _speed("torch.load, client-cold"),
+    "torch_load_mmap_client_cold": _speed("torch.load(mmap=True), copied, client-cold"),
+    "mmap_in_order_client_cold": _speed("mmap in file order, client-cold"),
+    "mmap_page_client_cold": Figure("mmap, random 4 KiB page, client-cold", "ms", False),
+    "strided_client_cold": _speed("256 KiB of every 8 MiB, client-cold"),
+    "read_4_files_client_cold": _speed("4 processes read 4 files, client-cold"),
+    "read_1_file_by_8_client_cold": _speed("8 processes read one file, client-cold"),
+    "create": _rate("create, write 4 KiB, close"),
+    "create_8": _rate("... by 8 processes in one directory"),
+    "create_8_apart": _rate("... by 8 processes, each in its own"),
+    "open_read": _rate("open and read 4 KiB, client-cold"),
+    "open_read_8": _rate("... by 8 processes in one directory"),
+    "stat_warm": _rate("stat of a known file"),
+    "list_cold": _rate("ls -l, client-cold"),
+    "list_warm": _rate("ls -l again"),
+    "rename": _rate("rename"),
+    "rename_8": _rate("... by 8 processes in one directory"),
+    "rename_8_apart": _rate("... by 8 processes, each in its own"),
+    "unlink": _rate("unlink"),
+    "unlink_8": _rate("... by 8 processes in one directory"),
+    "unlink_8_apart": _rate("... by 8 processes, each in its own"),
+    "visible_new": Figure("a new file is seen by another node", "ms", False),
+    "visible_rewritten": Figure("new contents are seen by another node", "ms", False),
 }
 
 
@@ -61,19 +95,32 @@ class Results:
     values: dict[str, dict[str, list[float]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
     )
+    notes: dict[str, str] = field(default_factory=dict)  # by figure: why there is none
     left_out: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     stages: dict[str, Any] = field(default_factory=dict)  # by group: of the nodes, added up
     micro: dict[str, float] = field(default_factory=dict)
 
+    def note(self, place: Place, figures: Figures) -> None:
+        """Take what a step has measured at a place."""
+        for name, value in figures.items():
+            figure = name.removesuffix("_cpu")
+            row = f"{figure}{place.suffix}{name.removeprefix(figure)}"
+            self.values[row][place.name].append(value)
+
+    def of(self, figure: str, place: str) -> list[float]:
+        """Of all repetitions. The others are what they are without our encryption, too."""
+        rows = self.values[figure]
+        return rows[place] or (self.values[figure.replace(PLAIN, "")][place] if rows else [])
+
     def median(self, figure: str, place: str) -> float | None:
         """Of the repetitions."""
-        found = self.values[figure][place]
+        found = self.of(figure, place)
         return statistics.median(found) if found else None
 
     def ratio(self, figure: str, place: str, to: str) -> float | None:
         """The median of the repetitions' own ratios."""
-        pairs = zip(self.values[figure][place], self.values[figure][to], strict=False)
+        pairs = zip(self.of(figure, place), self.of(figure, to), strict=False)
         ratios = [one / other for one, other in pairs if other]
         return statistics.median(ratios) if ratios else None
 
@@ -112,26 +159,30 @@ def environment(directory: Path, work: Work, repetitions: int) -> dict[str, Any]
 
 
 def table_of(results: Results, places: list[str]) -> Table:
-    """One line for each figure; the CPU seconds stand beside the speed that they bought."""
+    """One line for each figure; the CPU time stands beside the speed that it bought."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
     table.add_column("", no_wrap=True)
     ours, local, *peers = places
-    for heading in (ours, "CPU s/GiB", local, "ratio"):
+    for heading in (ours, "CPU", local, "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     for peer in peers:
-        for heading in (peer, "CPU s/GiB", "ours/theirs"):
+        for heading in (peer, "CPU", "ours/theirs"):
             table.add_column(heading, justify="right", no_wrap=True)
-    for figure, (text, unit, _) in FIGURES.items():
+    for figure, told in FIGURES.items():
+        if figure in results.notes:
+            table.add_row(f"{told.text}: {results.notes[figure]}")
         if not any(results.values[figure].values()):
             continue
-        cells = [text, unit, _number(results.median(figure, ours))]
-        cells.append(_number(results.median(f"{figure}_cpu", ours)))
+
+        def cpu(place: str, figure: str = figure, unit: str = told.cpu_unit) -> str:
+            return _number(results.median(f"{figure}_cpu", place), unit)
+
+        cells = [told.text, told.unit, _number(results.median(figure, ours)), cpu(ours)]
         cells.append(_number(results.median(figure, local)))
         cells.append(_number(results.ratio(figure, ours, local)))
         for peer in peers:
-            cells.append(_number(results.median(figure, peer)))
-            cells.append(_number(results.median(f"{figure}_cpu", peer)))
+            cells += [_number(results.median(figure, peer)), cpu(peer)]
             cells.append(_number(results.ratio(figure, ours, peer)))
         table.add_row(*cells)
     return table
@@ -163,27 +214,30 @@ def micro_table(micro: dict[str, float]) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | None, unit: str = "") -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    number = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{number} {unit}".rstrip()
 
 
 def as_json(results: Results, places: list[str], facts: dict[str, Any]) -> dict[str, Any]:
     """Everything, for programs."""
-    figures = {
-        figure: {
-            "unit": FIGURES[figure][1] if figure in FIGURES else "s/GiB",
-            "higher_is_better": figure in FIGURES and FIGURES[figure][2],
-            "values": {place: results.values[figure][place] for place in places},
-            "medians": {place: results.median(figure, place) for place in places},
-            "ratios": {place: results.ratio(figure, places[0], place) for place in places[1:]},
+    figures = {}
+    for name in list(results.values):
+        told = FIGURES.get(name) or FIGURES[name.removesuffix("_cpu")]
+        is_cpu = name not in FIGURES
+        figures[name] = {
+            "unit": told.cpu_unit if is_cpu else told.unit,
+            "higher_is_better": told.higher_is_better and not is_cpu,
+            "values": {place: results.of(name, place) for place in places},
+            "medians": {place: results.median(name, place) for place in places},
+            "ratios": {place: results.ratio(name, places[0], place) for place in places[1:]},
         }
-        for figure in list(results.values)
-    }
     return {
         "environment": facts,
         "figures": figures,
+        "notes": results.notes,
         "stages": results.stages,
         "micro": results.micro,
         "left_out": results.left_out,

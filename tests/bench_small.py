@@ -10,75 +10,90 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.bench_places import Clock, Place
-from tests.bench_work import Figures, Step, Work, idle
+from tests.bench_work import Figures, Step, Work, idle, rate
 
 SMALL_BYTES = 4096
 VISIBLE_SECONDS = 15.0
+STAT_PASSES = 20  # one is over in a millisecond, and CPU seconds are told by the hundredth
+FORK = multiprocessing.get_context("fork")
 
 
 def small_files(work: Work) -> Iterator[Step]:
     """Operations each second on files of 4 KiB, by one process and by eight."""
-    fork = multiprocessing.get_context("fork")
-    count, several = work.small_files, work.processes
-    names = [f"f{index:05}" for index in range(count)]
-
-    def rate(act: Callable[[Path], object], directory: Path) -> float:
-        with Clock() as clock:
-            for name in names:
-                act(directory / name)
-        return count / clock.seconds
-
-    def rate_of_several(act: Callable[[Path], object], directory: Path) -> float:
-        with ProcessPoolExecutor(several, mp_context=fork) as pool:
-            list(pool.map(idle, range(several)))
-            shares = [[directory / name for name in names[i::several]] for i in range(several)]
-            with Clock() as clock:
-                list(pool.map(_Each(act), shares))
-        return count / clock.seconds
+    names = [f"f{index:05}" for index in range(work.small_files)]
 
     def one(place: Place, repetition: int) -> Figures:
         place_a, place_b = place.a / f"one{repetition}", place.b / f"one{repetition}"
         place_a.mkdir()
-        found = {"create": rate(_create, place_a)}
+        paths_a, paths_b = ([top / name for name in names] for top in (place_a, place_b))
+        found = _timed("create", _create, paths_a)
         place.drop_client()
-        found["open_read"] = rate(_open_and_read, place_b)
-        rate(os.stat, place_b)  # FUSE's kernel asks once more for atime after a read
-        found["stat_warm"] = rate(os.stat, place_b)
-        found["rename"] = rate(_rename, place_a)
-        for name in names:
-            _rename_back(place_a / name)
-        found["unlink"] = rate(os.unlink, place_a)
-        return found
+        found |= _timed("open_read", _open_and_read, paths_b)
+        _Each(os.stat)(paths_b)  # FUSE's kernel asks once more for atime after a read
+        found |= _timed("stat_warm", os.stat, paths_b * STAT_PASSES)
+        found |= _timed("rename", _rename, paths_a)
+        return found | _timed("unlink", _unlink_renamed, paths_a)
 
     def eight(place: Place, repetition: int) -> Figures:
-        place_a, place_b = place.a / f"eight{repetition}", place.b / f"eight{repetition}"
-        place_a.mkdir()
-        found = {"create_8": rate_of_several(_create, place_a)}
+        (place.a / f"eight{repetition}").mkdir()
+        tops = (top / f"eight{repetition}" for top in (place.a, place.b))
+        shares_a, shares_b = (_shares(names, [top] * work.processes) for top in tops)
+        found = _timed_by_all("create_8", _create, shares_a)
         place.drop_client()
-        found["open_read_8"] = rate_of_several(_open_and_read, place_b)
-        found["rename_8"] = rate_of_several(_rename, place_a)
-        for name in names:
-            _rename_back(place_a / name)
-        found["unlink_8"] = rate_of_several(os.unlink, place_a)
-        return found
+        found |= _timed_by_all("open_read_8", _open_and_read, shares_b)
+        found |= _timed_by_all("rename_8", _rename, shares_a)
+        return found | _timed_by_all("unlink_8", _unlink_renamed, shares_a)
+
+    def eight_apart(place: Place, repetition: int) -> Figures:
+        """The kernel lets one process at a time change a directory: here each has its own."""
+        own = [place.a / f"apart{repetition}-{number}" for number in range(work.processes)]
+        for directory in own:
+            directory.mkdir()
+        shares = _shares(names, own)
+        found = _timed_by_all("create_8_apart", _create, shares)
+        found |= _timed_by_all("rename_8_apart", _rename, shares)
+        return found | _timed_by_all("unlink_8_apart", _unlink_renamed, shares)
 
     def listing(place: Place, repetition: int) -> Figures:
-        directory = place.b / "many"
         if repetition == 0:
             (place.a / "many").mkdir()
-            with ProcessPoolExecutor(several, mp_context=fork) as pool:
-                paths = [place.a / "many" / f"e{i:05}" for i in range(work.stat_files)]
-                list(pool.map(_Each(_touch), [paths[i::several] for i in range(several)]))
+            listed = [f"e{index:05}" for index in range(work.stat_files)]
+            _by_all(_touch, _shares(listed, [place.a / "many"] * work.processes))
         place.drop_client()
-        found = {}
-        for name in ("list_cold", "list_warm"):
-            with Clock() as clock, os.scandir(directory) as entries:
+        found: Figures = {}
+        for figure in ("list_cold", "list_warm"):
+            with Clock() as clock, os.scandir(place.b / "many") as entries:
                 total = sum(1 for entry in entries if entry.stat(follow_symlinks=False))
             assert total == work.stat_files
-            found[name] = total / clock.seconds
+            found |= rate(figure, total, clock)
         return found
 
-    yield from (one, eight, listing)
+    yield from (one, eight, eight_apart, listing)
+
+
+def _timed(figure: str, act: Callable[[Path], object], paths: list[Path]) -> Figures:
+    with Clock() as clock:
+        _Each(act)(paths)
+    return rate(figure, len(paths), clock)
+
+
+def _timed_by_all(figure: str, act: Callable[[Path], object], shares: list[list[Path]]) -> Figures:
+    return rate(figure, sum(map(len, shares)), _by_all(act, shares))
+
+
+def _by_all(act: Callable[[Path], object], shares: list[list[Path]]) -> Clock:
+    """By a process for each share, all at once."""
+    with ProcessPoolExecutor(len(shares), mp_context=FORK) as pool:
+        list(pool.map(idle, range(len(shares))))  # the processes are there now
+        with Clock() as clock:
+            list(pool.map(_Each(act), shares))
+    return clock
+
+
+def _shares(names: list[str], directories: list[Path]) -> list[list[Path]]:
+    """Which files each process works on, in its directory."""
+    count = len(directories)
+    return [[top / name for name in names[i::count]] for i, top in enumerate(directories)]
 
 
 class _Each:
@@ -113,8 +128,8 @@ def _rename(path: Path) -> None:
     path.rename(path.with_name(f"r{path.name}"))
 
 
-def _rename_back(path: Path) -> None:
-    path.with_name(f"r{path.name}").rename(path)
+def _unlink_renamed(path: Path) -> None:
+    path.with_name(f"r{path.name}").unlink()
 
 
 # ---------------------------------------------------------------- between nodes

@@ -6,11 +6,8 @@ alternates, so that all of them meet the same machine. Each returns the figures 
 
 from __future__ import annotations
 
-import json
-import mmap
 import multiprocessing
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,10 +20,6 @@ import numpy as np
 from tests.bench_places import MIB, Clock, Modelfs, Place
 
 BLOCK = 4 * MIB
-SMALL_BYTES = 4096
-PAGES = 200  # random ones, of a mapped file
-VISIBLE_SECONDS = 15.0
-TENSOR_BYTES = 4 * MIB
 
 Figures = dict[str, float]
 Step = Callable[[Place, int], Figures]  # the int is the repetition
@@ -54,6 +47,11 @@ class Work:
     def speed(self, name: str, clock: Clock) -> Figures:
         """GB/s and CPU seconds for each GiB."""
         return {name: self.gb / clock.seconds, f"{name}_cpu": clock.cpu_seconds / self.gib}
+
+
+def rate(name: str, count: int, clock: Clock) -> Figures:
+    """Operations each second, and CPU milliseconds for each."""
+    return {name: count / clock.seconds, f"{name}_cpu": clock.cpu_seconds * 1e3 / count}
 
 
 # ---------------------------------------------------------------- one large file
@@ -102,6 +100,9 @@ def sequential(work: Work) -> Iterator[Step]:
         return timed_read("read_client_cold", place.b / f"seq{repetition}")
 
     def warm(place: Place, repetition: int) -> Figures:
+        if place.suffix:  # no data passes between nodes, so nothing would be encrypted
+            (place.a / f"seq{repetition}").unlink()
+            return {}
         before = place.requests() if isinstance(place, Modelfs) else 0
         found = timed_read("read_warm", place.b / f"seq{repetition}")
         if isinstance(place, Modelfs):  # open, flush, release; and one each for asking, at most
@@ -131,85 +132,6 @@ def local_replica(work: Work) -> Iterator[Step]:
         return work.speed("read_local_replica", clock)
 
     yield read
-
-
-# ---------------------------------------------------------------- as frameworks read
-
-
-def write_tensors(path: Path, size_mib: int) -> None:
-    """A safetensors file: the length of a header, the header, and tensors one after the other."""
-    count = max(1, size_mib * MIB // TENSOR_BYTES)
-    header = json.dumps(
-        {
-            f"layer{i}": {
-                "dtype": "F32",
-                "shape": [TENSOR_BYTES // 4],
-                "data_offsets": [i * TENSOR_BYTES, (i + 1) * TENSOR_BYTES],
-            }
-            for i in range(count)
-        }
-    ).encode()
-    data = np.random.default_rng([2000, os.getpid()])
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for _ in range(count):
-            file.write(data.bytes(TENSOR_BYTES))
-        os.fsync(file.fileno())
-
-
-def loading(work: Work) -> Iterator[Step]:
-    """np.load, safetensors, mapped tensors in file order, mapped pages at random: client-cold."""
-
-    def prepare(place: Place, repetition: int) -> Figures:
-        if repetition == 0:
-            array = np.frombuffer(
-                np.random.default_rng([3000, os.getpid()]).bytes(work.size_mib * MIB), np.float32
-            )
-            np.save(place.a / "array.npy", array)
-            write_tensors(place.a / "model.safetensors", work.size_mib)
-        return {}
-
-    def raw(place: Place, repetition: int) -> Figures:
-        place.drop_client()
-        with Clock(work.size_mib) as clock:
-            read_file(place.b / "array.npy")
-        return work.speed("raw_client_cold", clock)
-
-    def numpy(place: Place, repetition: int) -> Figures:
-        place.drop_client()
-        with Clock(work.size_mib) as clock:
-            np.load(place.b / "array.npy")
-        return work.speed("np_load_client_cold", clock)
-
-    def safetensors(place: Place, repetition: int) -> Figures:
-        from safetensors.numpy import load_file
-
-        place.drop_client()
-        with Clock(work.size_mib) as clock:
-            load_file(place.b / "model.safetensors")
-        return work.speed("safetensors_client_cold", clock)
-
-    def mapped(place: Place, repetition: int) -> Figures:
-        place.drop_client()
-        with Clock(work.size_mib) as clock, (place.b / "model.safetensors").open("rb") as file:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-                for start in range(0, len(memory), mmap.PAGESIZE):
-                    memory[start]
-        return work.speed("mmap_in_order_client_cold", clock)
-
-    def pages(place: Place, repetition: int) -> Figures:
-        place.drop_client()
-        chance = random.Random(repetition)
-        with (place.b / "array.npy").open("rb") as file:
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
-                memory.madvise(mmap.MADV_RANDOM)
-                last = len(memory) // mmap.PAGESIZE - 1
-                with Clock() as clock:
-                    for _ in range(PAGES):
-                        memory[chance.randint(0, last) * mmap.PAGESIZE]
-        return {"mmap_page_client_cold": clock.seconds * 1e3 / PAGES}
-
-    yield from (prepare, raw, numpy, safetensors, mapped, pages)
 
 
 # ---------------------------------------------------------------- many at once

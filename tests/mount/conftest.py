@@ -1,6 +1,7 @@
 """Labs for the mount tests: three real daemons on loopback, each with etcd and a FUSE mount.
 
 - `lab` lives for the whole run and stays healthy; tests that kill or damage use `fault_lab`.
+- `plain_lab` does not encrypt chunks on their way; it has two nodes, and stays healthy, too.
 - `dirs` is a fresh directory, seen through the three mounts; it is removed afterwards.
 - What these tests need must be there: a machine without FUSE is an error, not a skip.
 - A WARNING or worse in a daemon's log fails the test that used `dirs`, unless the test expects it
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,17 +57,26 @@ def pytest_runtest_makereport(
     return report
 
 
-def _start_lab(test_root: Path, name: str) -> Lab:
+def _start_lab(
+    test_root: Path, name: str, nodes: int = NODES, arguments: Sequence[str] = ()
+) -> Lab:
     root = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=test_root))
     os.chmod(test_root, 0o755)  # tests run children as another user
     os.chmod(root, 0o755)
-    return Lab.up(root, NODES, settings=SETTINGS)
+    return Lab.up(root, nodes, settings=SETTINGS, arguments=arguments)
 
 
 @pytest.fixture(scope="session")
 def lab(test_root: Path) -> Iterator[Lab]:
     """A lab that every test leaves healthy."""
     with _start_lab(test_root, "mount") as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def plain_lab(test_root: Path) -> Iterator[Lab]:
+    """A lab whose founder said `--data-tls off`."""
+    with _start_lab(test_root, "plain", 2, ["--data-tls", "off"]) as lab:
         yield lab
 
 

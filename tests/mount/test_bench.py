@@ -8,28 +8,39 @@ from pathlib import Path
 
 from modelfsd.lab.cluster import Lab
 from tests.bench import GROUPS
-from tests.bench_report import FIGURES
+from tests.bench_load import TORCH_ROWS, has_torch
+from tests.bench_report import FIGURES, PLAIN
 from tests.mount.mount_parts import run
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_every_group_of_figures_is_measured(lab: Lab, tmp_path: Path) -> None:
+def test_every_group_of_figures_is_measured(lab: Lab, plain_lab: Lab, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     names = sorted(path.name for path in lab.nodes[0].mount.iterdir())
     words = ["--size-mib", "4", "--small-files", "8", "--reps", "1"]
     source = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'daemon')]!r}; import tests.bench"
     source += "; sys.exit(tests.bench.main())"
-    table = run(sys.executable, "-c", source, *words, "--lab", lab.root, "--json", report)
+    words += ["--lab", str(lab.root), "--plain-lab", str(plain_lab.root)]
+    table = run(sys.executable, "-c", source, *words, "--json", report, seconds=300)
     told = json.loads(report.read_text())
     assert told["errors"] == told["left_out"] == []
-    for figure, (text, _, _) in FIGURES.items():
-        medians = told["figures"][figure]["medians"]
-        assert medians["modelfs"] >= 0, figure
-        assert text in table
+    assert set(told["notes"]) == (set() if has_torch() else set(TORCH_ROWS))
+    for figure, row in FIGURES.items():
+        assert row.text in table
+        if figure in told["notes"]:
+            assert f"{row.text}: {told['notes'][figure]}" in table
+            continue
+        assert told["figures"][figure]["medians"]["modelfs"] >= 0, figure
+        has_cpu = f"{figure}_cpu" in told["figures"]
+        assert has_cpu or figure.startswith("visible") or not row.unit, figure
+    plain = told["figures"][f"write{PLAIN}"]
+    assert plain["values"]["modelfs"] != told["figures"]["write"]["values"]["modelfs"]
+    assert plain["values"]["local disk"] == told["figures"]["write"]["values"]["local disk"]
     for group in GROUPS:
         assert told["stages"][group]["freshness"]["count"] > 0, group
     assert told["figures"]["write_cpu"]["values"]["modelfs"]
     assert told["micro"]["peer protocol, verified"] > 0
     assert told["environment"]["replicas"] == 2
+    assert not list(plain_lab.nodes[0].mount.glob("modelfs-bench-*"))
     assert names == sorted(path.name for path in lab.nodes[0].mount.iterdir())

@@ -201,15 +201,13 @@ def test_another_authority_takes_over_while_files_are_written(lab: Lab) -> None:
         assert (node.mount / "rotated").read_bytes() == CONTENTS
 
 
-def test_a_cluster_may_leave_its_chunks_unencrypted(test_root: Path) -> None:
-    root = Path(tempfile.mkdtemp(prefix="plain-", dir=test_root))
-    with Lab.up(root, 2, arguments=["--data-tls", "off"]) as lab:
-        first, second = lab.nodes
-        (first.mount / "file").write_bytes(CONTENTS)
-        assert (second.mount / "file").read_bytes() == CONTENTS
-        lab.kill("n2")
-        lab.start("n2")
-        (first.mount / "other").write_bytes(CONTENTS)
-        assert (second.mount / "other").read_bytes() == CONTENTS
-        for node in lab.nodes:
-            assert json.loads((node.state_dir / "node.json").read_text())["data_tls"] is False
+def test_a_cluster_may_leave_its_chunks_unencrypted(plain_lab: Lab) -> None:
+    first, second = plain_lab.nodes
+    (first.mount / "file").write_bytes(CONTENTS)
+    assert (second.mount / "file").read_bytes() == CONTENTS
+    plain_lab.kill("n2")
+    plain_lab.start("n2")
+    (first.mount / "other").write_bytes(CONTENTS)
+    assert (second.mount / "other").read_bytes() == CONTENTS
+    for node in plain_lab.nodes:
+        assert json.loads((node.state_dir / "node.json").read_text())["data_tls"] is False
