@@ -147,7 +147,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
         if shutil.disk_usage(directory).free < needed:
             raise UserError(f"{directory} has too little room: set TMPDIR, or --size-mib to less")
         facts = environment(directory, work, arguments.reps)
-        places = _places(stack, directory, arguments, facts)
+        lab = _lab(stack, directory, arguments)
+        places = _places(stack, directory, lab, arguments, facts)
         plain = partial(_plain_place, directory, arguments.plain_lab)
         bench = Bench(places, plain, work, arguments.reps, ends_at)
         bench.run(groups)
@@ -155,7 +156,10 @@ def run_bench(arguments: argparse.Namespace) -> int:
             bench.results.notes |= dict.fromkeys(TORCH_ROWS, NO_TORCH)
         if "stages" in arguments.only.split(","):
             say("stages: each by itself")
-            bench.results.micro = bench_stages.measure(min(work.size_mib, MICRO_MIB_MAX), directory)
+            started = time.monotonic()
+            mib = min(work.size_mib, MICRO_MIB_MAX)
+            bench.results.micro = bench_stages.measure(mib, work.small_files, directory, lab)
+            say(f"stages: took {time.monotonic() - started:.0f} s")
     report(bench.results, [place.name for place in places], facts, arguments.json)
     return 1 if bench.results.errors else 0
 
@@ -178,14 +182,20 @@ def _new_lab(root: Path, arguments: Sequence[str] = ()) -> Lab:
     return Lab.up(root, nodes=3, replicas=2, arguments=arguments)
 
 
-def _places(
-    stack: ExitStack, directory: Path, arguments: argparse.Namespace, facts: dict[str, Any]
-) -> list[Place]:
+def _lab(stack: ExitStack, directory: Path, arguments: argparse.Namespace) -> Lab:
     if arguments.lab:
-        lab = Lab.open(arguments.lab)
-    else:
-        say("starting a lab of three nodes")
-        lab = stack.enter_context(_new_lab(directory / "lab"))
+        return Lab.open(arguments.lab)
+    say("starting a lab of three nodes")
+    return stack.enter_context(_new_lab(directory / "lab"))
+
+
+def _places(
+    stack: ExitStack,
+    directory: Path,
+    lab: Lab,
+    arguments: argparse.Namespace,
+    facts: dict[str, Any],
+) -> list[Place]:
     ours = Modelfs(lab, directory.name)
     stack.callback(_remove, ours.a)
     places: list[Place] = [ours, LocalDisk(directory / "local")]

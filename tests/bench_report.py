@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from modelfs import __version__
 from modelfsd import mounts
 from modelfsd.commands import show
 from tests.bench_places import Place, machine_cpu
+from tests.bench_stages import Micro
 from tests.bench_work import Figures, Work
 
 
@@ -99,7 +100,7 @@ class Results:
     left_out: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     stages: dict[str, Any] = field(default_factory=dict)  # by group: of the nodes, added up
-    micro: dict[str, float] = field(default_factory=dict)
+    micro: dict[str, Micro] = field(default_factory=dict)
 
     def note(self, place: Place, figures: Figures) -> None:
         """Take what a step has measured at a place."""
@@ -202,15 +203,15 @@ def stages_table(results: Results) -> Table:
     return table
 
 
-def micro_table(micro: dict[str, float]) -> Table:
+def micro_table(micro: dict[str, Micro]) -> Table:
     """The stages by themselves."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("BY ITSELF")
-    for heading in ("GB/s", "CPU s/GiB"):
-        table.add_column(heading, justify="right")
-    for name, value in micro.items():
-        if not name.endswith("_cpu"):
-            table.add_row(name, _number(value), _number(micro[f"{name}_cpu"]))
+    for heading in ("", "CPU"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, found in micro.items():
+        cells = (_number(found.value, found.unit), _number(found.cpu, found.cpu_unit))
+        table.add_row(name, *cells)
     return table
 
 
@@ -239,7 +240,7 @@ def as_json(results: Results, places: list[str], facts: dict[str, Any]) -> dict[
         "figures": figures,
         "notes": results.notes,
         "stages": results.stages,
-        "micro": results.micro,
+        "micro": {name: asdict(found) for name, found in results.micro.items()},
         "left_out": results.left_out,
         "errors": results.errors,
     }
