@@ -47,6 +47,15 @@ def read(
     return foretold, asked
 
 
+@pytest.mark.parametrize("begin", [0, FIRST])
+def test_a_part_that_is_read_again_and_again_is_no_stride(begin: int) -> None:
+    pattern = AccessPattern(64 * MIB)
+    for _ in range(5):  # its pages are dropped in between
+        for offset in range(begin, begin + 16 * MIB, 128 * KIB):
+            found = pattern.observe(offset, 128 * KIB)
+            assert not isinstance(found, Stride)
+
+
 @pytest.mark.parametrize("step", [STEP, -STEP, 9 * MIB, STEP + 12_288])
 @pytest.mark.parametrize("length", [PAGE_BYTES, 128 * KIB, 256 * KIB])
 def test_runs_at_equal_distances_are_foretold(step: int, length: int) -> None:
