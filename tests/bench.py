@@ -33,9 +33,9 @@ from modelfsd.commands import control
 from modelfsd.commands.stats import difference
 from modelfsd.lab.cluster import Lab
 from modelfsd.stages import Latencies
-from tests import bench_gluster, bench_stages
+from tests import bench_curves, bench_gluster, bench_stages
 from tests.bench_load import NO_TORCH, TORCH_ROWS, has_torch, loading
-from tests.bench_places import LocalDisk, Modelfs, Place
+from tests.bench_places import Clock, LocalDisk, Modelfs, Place
 from tests.bench_report import PLAIN, Results, environment, report
 from tests.bench_small import small_files, visibility
 from tests.bench_work import Step, Work, clear, local_replica, parallel, sequential
@@ -87,6 +87,8 @@ class Bench:
             say(f"{group}: took {time.monotonic() - started:.0f} s")
 
     def _run_group(self, group: str, all_places: list[Place]) -> None:
+        for place in all_places:
+            place.since = time.time()
         steps = {place: list(GROUPS[group](self.work)) for place in all_places}
         failed: set[Place] = set()
         took = 0.0
@@ -123,14 +125,35 @@ def _joined(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> dict[str
     return {name: found.as_json() for name, found in joined.items()}
 
 
+# ---------------------------------------------------------------- beside no other place
+
+
+def _stages(results: Results, place: Modelfs, work: Work, directory: Path) -> None:
+    """Each stage by itself."""
+    mib = min(work.size_mib, MICRO_MIB_MAX)
+    results.micro = bench_stages.measure(mib, work.small_files, directory, place.lab)
+
+
+def _curves(results: Results, place: Modelfs, work: Work, directory: Path) -> None:
+    """How costs grow with sizes and numbers; not by default, as it takes minutes."""
+    results.curves = bench_curves.measure(place, bench_curves.Sizes())
+
+
+ALONE: dict[str, Callable[[Results, Modelfs, Work, Path], None]] = {
+    "stages": _stages,
+    "curves": _curves,
+}
+
+
 # ---------------------------------------------------------------- running
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
     """The exit code. Raises `ModelfsError`."""
-    groups = [name for name in arguments.only.split(",") if name != "stages"]
-    if unknown := set(groups) - set(GROUPS):
-        raise UserError(f"unknown: {', '.join(unknown)}; there are {', '.join(GROUPS)}, stages")
+    groups = arguments.only.split(",")
+    if unknown := set(groups) - {*GROUPS, *ALONE}:
+        known = ", ".join([*GROUPS, *ALONE])
+        raise UserError(f"unknown: {', '.join(unknown)}; there are {known}")
     if os.geteuid() != 0:
         raise UserError("the benchmark drops the kernel's caches: run it as root")
     if arguments.torch and not has_torch():
@@ -147,19 +170,18 @@ def run_bench(arguments: argparse.Namespace) -> int:
         if shutil.disk_usage(directory).free < needed:
             raise UserError(f"{directory} has too little room: set TMPDIR, or --size-mib to less")
         facts = environment(directory, work, arguments.reps)
-        lab = _lab(stack, directory, arguments)
-        places = _places(stack, directory, lab, arguments, facts)
+        ours = _our_place(stack, directory, arguments)
+        places = [ours, LocalDisk(directory / "local"), *_peers(stack, directory, arguments, facts)]
         plain = partial(_plain_place, directory, arguments.plain_lab)
         bench = Bench(places, plain, work, arguments.reps, ends_at)
-        bench.run(groups)
+        bench.run([group for group in GROUPS if group in groups])
         if "load" in groups and not has_torch():
             bench.results.notes |= dict.fromkeys(TORCH_ROWS, NO_TORCH)
-        if "stages" in arguments.only.split(","):
-            say("stages: each by itself")
-            started = time.monotonic()
-            mib = min(work.size_mib, MICRO_MIB_MAX)
-            bench.results.micro = bench_stages.measure(mib, work.small_files, directory, lab)
-            say(f"stages: took {time.monotonic() - started:.0f} s")
+        for group in (group for group in ALONE if group in groups):
+            say(f"{group}: {ALONE[group].__doc__}")
+            with Clock() as clock:
+                ALONE[group](bench.results, ours, work, directory)
+            say(f"{group}: took {clock.seconds:.0f} s")
     report(bench.results, [place.name for place in places], facts, arguments.json)
     return 1 if bench.results.errors else 0
 
@@ -182,31 +204,28 @@ def _new_lab(root: Path, arguments: Sequence[str] = ()) -> Lab:
     return Lab.up(root, nodes=3, replicas=2, arguments=arguments)
 
 
-def _lab(stack: ExitStack, directory: Path, arguments: argparse.Namespace) -> Lab:
+def _our_place(stack: ExitStack, directory: Path, arguments: argparse.Namespace) -> Modelfs:
     if arguments.lab:
-        return Lab.open(arguments.lab)
-    say("starting a lab of three nodes")
-    return stack.enter_context(_new_lab(directory / "lab"))
+        lab = Lab.open(arguments.lab)
+    else:
+        say("starting a lab of three nodes")
+        lab = stack.enter_context(_new_lab(directory / "lab"))
+    place = Modelfs(lab, directory.name)
+    stack.callback(_remove, place.a)
+    return place
 
 
-def _places(
-    stack: ExitStack,
-    directory: Path,
-    lab: Lab,
-    arguments: argparse.Namespace,
-    facts: dict[str, Any],
+def _peers(
+    stack: ExitStack, directory: Path, arguments: argparse.Namespace, facts: dict[str, Any]
 ) -> list[Place]:
-    ours = Modelfs(lab, directory.name)
-    stack.callback(_remove, ours.a)
-    places: list[Place] = [ours, LocalDisk(directory / "local")]
-    if arguments.peer:
-        say("setting up GlusterFS: a volume with two replicas over three nodes")
-        gluster = bench_gluster.Gluster(directory / "gluster")
-        stack.callback(gluster.down)
-        gluster.up()
-        facts["gluster"] = gluster.version
-        places.append(gluster)
-    return places
+    if not arguments.peer:
+        return []
+    say("setting up GlusterFS: a volume with two replicas over three nodes")
+    gluster = bench_gluster.Gluster(directory / "gluster")
+    stack.callback(gluster.down)
+    gluster.up()
+    facts["gluster"] = gluster.version
+    return [gluster]
 
 
 def say(line: str) -> None:
@@ -231,10 +250,12 @@ def _end_on_signal(number: int, frame: FrameType | None) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run bench", description="How fast modelfs is here.")
     parser.add_argument("--size-mib", type=int, default=256, help="of a large file (%(default)s)")
-    parser.add_argument("--small-files", type=int, default=500, help="4 KiB each (%(default)s)")
+    parser.add_argument("--small-files", type=int, default=400, help="4 KiB each (%(default)s)")
     parser.add_argument("--reps", type=int, default=3, help="repetitions (%(default)s)")
     every = ",".join([*GROUPS, "stages"])
-    parser.add_argument("--only", default=every, help="groups of figures (%(default)s)")
+    parser.add_argument(
+        "--only", default=every, help="groups of figures (%(default)s); there also is: curves"
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything there, too")
     parser.add_argument("--torch", action="store_true", help="torch.load must take part")
     parser.add_argument("--peer", choices=["gluster"], help="measure this one side by side")

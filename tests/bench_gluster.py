@@ -73,7 +73,8 @@ class Gluster(Place):
     def drop_client(self) -> None:
         """A fresh client on the reading node; the bricks are in the page cache."""
         self._mount_again()
-        warm_files([self._home(number) / name for number in (1, 2, 3) for name in ("b1", "b2")])
+        bricks = [self._home(number) / name for number in (1, 2, 3) for name in ("b1", "b2")]
+        warm_files(bricks, self.since)
 
     def drop_all(self) -> None:
         """A fresh client, and nothing in the page cache."""

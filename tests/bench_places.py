@@ -74,6 +74,7 @@ class Place(ABC):
 
     name: str
     suffix: str = ""
+    since: float = 0.0  # when the work began: what is older is left cold
     a: Path
     b: Path
 
@@ -108,7 +109,7 @@ class LocalDisk(Place):
 
     def drop_client(self) -> None:
         """There is no server: the files' own pages are all that could be warm."""
-        warm_files([self.a])
+        warm_files([self.a], self.since)
 
 
 class Modelfs(Place):
@@ -125,7 +126,7 @@ class Modelfs(Place):
     def drop_client(self) -> None:
         """`modelfs cache drop` on the reader; its own replicas stay warm, as the others'."""
         self._drop(self.reader)
-        warm_files([node.state_dir / "chunks" for node in self.lab.nodes])
+        warm_files([node.state_dir / "chunks" for node in self.lab.nodes], self.since)
 
     def drop_all(self) -> None:
         """Every node's caches, then the machine's."""
@@ -148,11 +149,13 @@ class Modelfs(Place):
         control.call(node.control_path, "drop", DROP_SECONDS)
 
 
-def warm_files(directories: list[Path]) -> None:
-    """Read every file into the page cache, without a copy of it."""
+def warm_files(directories: list[Path], since: float) -> None:
+    """Read every file that was written since then into the page cache, without a copy of it."""
     libc = ctypes.CDLL(None, use_errno=True)
     for path in (path for directory in directories for path in directory.rglob("*")):
         try:
+            if path.stat().st_mtime < since:
+                continue  # chunks of deleted files stay for an hour
             file = path.open("rb", buffering=0)
         except OSError:
             continue  # renamed meanwhile, or a directory

@@ -20,6 +20,7 @@ from rich.text import Text
 from modelfs import __version__
 from modelfsd import mounts
 from modelfsd.commands import show
+from tests.bench_curves import Curves, Row
 from tests.bench_places import Place, machine_cpu
 from tests.bench_stages import Micro
 from tests.bench_work import Figures, Work
@@ -101,6 +102,7 @@ class Results:
     errors: list[str] = field(default_factory=list)
     stages: dict[str, Any] = field(default_factory=dict)  # by group: of the nodes, added up
     micro: dict[str, Micro] = field(default_factory=dict)
+    curves: Curves = field(default_factory=dict)
 
     def note(self, place: Place, figures: Figures) -> None:
         """Take what a step has measured at a place."""
@@ -215,6 +217,17 @@ def micro_table(micro: dict[str, Micro]) -> Table:
     return table
 
 
+def curve_table(name: str, rows: list[Row]) -> Table:
+    """How a cost grows."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column(name.upper())
+    for heading in rows[0]:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row("", *map(_number, row.values()))
+    return table
+
+
 def _number(value: float | None, unit: str = "") -> str:
     if value is None:
         return ""
@@ -241,6 +254,7 @@ def as_json(results: Results, places: list[str], facts: dict[str, Any]) -> dict[
         "notes": results.notes,
         "stages": results.stages,
         "micro": {name: asdict(found) for name, found in results.micro.items()},
+        "curves": results.curves,
         "left_out": results.left_out,
         "errors": results.errors,
     }
@@ -249,11 +263,13 @@ def as_json(results: Results, places: list[str], facts: dict[str, Any]) -> dict[
 def report(results: Results, places: list[str], facts: dict[str, Any], path: str | None) -> None:
     """Print the tables; write everything to `path`, if that is wanted."""
     output = show.console()
-    output.print(table_of(results, places))
-    if results.micro:
-        output.print(Text(), micro_table(results.micro), sep="\n")
-    output.print(Text(), stages_table(results), sep="\n")
-    output.print(Text("\n" + ", ".join(f"{key} {value}" for key, value in facts.items())))
+    tables = [table_of(results, places)] if results.values else []
+    tables += [micro_table(results.micro)] if results.micro else []
+    tables += [curve_table(name, rows) for name, rows in results.curves.items()]
+    tables += [stages_table(results)] if results.stages else []
+    for table in tables:
+        output.print(table, Text(), sep="\n")
+    output.print(Text(", ".join(f"{key} {value}" for key, value in facts.items())))
     for line in results.left_out:
         output.print(Text(f"left out, as time ran out: {line}", style="yellow"))
     for line in results.errors:

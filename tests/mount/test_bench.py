@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 from modelfsd.lab.cluster import Lab
 from tests.bench import GROUPS
+from tests.bench_curves import Sizes, measure
 from tests.bench_load import TORCH_ROWS, has_torch
+from tests.bench_places import Modelfs
 from tests.bench_report import FIGURES, PLAIN
 from tests.mount.mount_parts import run
 
@@ -46,3 +49,16 @@ def test_every_group_of_figures_is_measured(lab: Lab, plain_lab: Lab, tmp_path: 
     assert told["environment"]["replicas"] == 2
     assert not list(plain_lab.nodes[0].mount.glob("modelfs-bench-*"))
     assert names == sorted(path.name for path in lab.nodes[0].mount.iterdir())
+
+
+def test_the_curves_of_cost_are_measured(lab: Lab) -> None:
+    place = Modelfs(lab, "curves")
+    sizes = Sizes(files_mib=(1, 16 * 1024), file_counts=(10, 200), chunk_counts=(100,))
+    opened, loaded, placed = measure(place, sizes).values()
+    assert [row["manifest pages"] for row in opened] == [1, 3]
+    assert all(row["open ms"] > 0 and row["first 4 KiB ms"] > 0 for row in opened)
+    assert [row["files"] for row in loaded] == [10, 200]
+    assert all(row["from etcd s"] > 0 and row["from its disk s"] > 0 for row in loaded)
+    assert [row["nodes"] for row in placed] == [3, 16, 64]
+    assert list((place.a / "namespace").iterdir()) == []
+    shutil.rmtree(place.a)
