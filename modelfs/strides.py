@@ -115,8 +115,6 @@ class StridePattern:
             for first in runs[:-1]:
                 if first is not second and abs(first.begin - wanted) <= STRAY_BYTES:
                     step = (offset - first.begin) / (STEPS_MIN - 1)
-                    if abs(step) <= 2 * STRAY_BYTES:  # the same place again: a file read anew
-                        continue
                     samples = (first, second, runs[-1])
                     self._strides.append(Stride(first.begin, step, samples))
                     del self._strides[:-STRIDES_MAX]
