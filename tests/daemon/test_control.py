@@ -15,7 +15,17 @@ import pytest
 import trio
 
 from modelfs.errors import NoSuchEntry, UserError
-from modelfsd.commands.control import CLIENTS_MAX, REQUEST_BYTES_MAX, ControlServer, Handler, call
+from modelfsd.commands.control import (
+    CLIENTS_MAX,
+    NEWS_SECONDS,
+    REQUEST_BYTES_MAX,
+    ControlServer,
+    Handler,
+    Listener,
+    LongHandler,
+    call,
+    call_long,
+)
 
 
 async def echo(request: dict[str, Any]) -> dict[str, Any]:
@@ -152,3 +162,125 @@ def test_a_daemon_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
         silent.listen()
         with pytest.raises(UserError, match="did not answer"):
             call(path, "status", 0.05)
+
+
+# ---------------------------------------------------------------- commands that take long
+
+
+@asynccontextmanager
+async def serving_long(path: Path, handler: LongHandler) -> AsyncIterator[Path]:
+    async with trio.open_nursery() as nursery:
+        server = ControlServer(path, HANDLERS, None, {"long": handler, "other": handler})
+        await nursery.start(server.serve)
+        yield path
+        nursery.cancel_scope.cancel()
+
+
+async def test_news_come_before_the_reply(tmp_path: Path) -> None:
+    async def count(request: dict[str, Any], listener: Listener) -> dict[str, Any]:
+        async with trio.open_nursery() as nursery:  # the lines do not mix
+            for number in range(20):
+                nursery.start_soon(listener.tell, {"number": number, "text": "x" * 200_000})
+        return {"heard": request}
+
+    def collect() -> list[tuple[bool, dict[str, Any]]]:
+        return list(call_long(tmp_path / "control.sock", "long", 20.0, x=1))
+
+    async with serving_long(tmp_path / "control.sock", count) as path:
+        *news, (is_reply, reply) = await trio.to_thread.run_sync(collect)
+        assert sorted(told["number"] for _, told in news) == list(range(20))
+        assert not any(is_last for is_last, _ in news)
+        assert (is_reply, reply) == (True, {"heard": {"x": 1}})
+        assert await ask(path, "long", x=2) == {"heard": {"x": 2}}  # who wants no news gets none
+
+
+async def test_progress_is_told_by_itself(tmp_path: Path) -> None:
+    async def wait(request: dict[str, Any], listener: Listener) -> dict[str, Any]:
+        told = trio.Event()
+
+        def progress() -> dict[str, Any]:
+            told.set()
+            return {"done": 7}
+
+        listener.progress = progress
+        await told.wait()
+        await trio.sleep(NEWS_SECONDS / 10)  # it is being sent
+        return {}
+
+    def collect() -> list[dict[str, Any]]:
+        return [told for _, told in call_long(tmp_path / "control.sock", "long", 20.0)]
+
+    async with serving_long(tmp_path / "control.sock", wait):
+        news = await trio.to_thread.run_sync(collect)
+    assert news[0] == {"progress": {"done": 7}}
+
+
+async def test_a_command_ends_when_its_client_goes_away(tmp_path: Path) -> None:
+    ended = trio.Event()
+
+    async def work(request: dict[str, Any], listener: Listener) -> dict[str, Any]:
+        try:
+            await listener.tell({"begun": True})
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+        raise AssertionError
+
+    async with serving_long(tmp_path / "control.sock", work) as path:
+        answers = call_long(path, "long", 20.0)
+        assert await trio.to_thread.run_sync(next, answers) == (False, {"begun": True})
+        await trio.to_thread.run_sync(answers.close)
+        await ended.wait()
+        assert await ask(path, "echo") == {"heard": {}}
+
+
+async def test_a_client_that_is_gone_when_news_come_ends_it_too(tmp_path: Path) -> None:
+    ended = trio.Event()
+
+    async def talk(request: dict[str, Any], listener: Listener) -> dict[str, Any]:
+        try:
+            while True:
+                await listener.tell({"text": "x" * 100_000})
+        finally:
+            ended.set()
+
+    async with serving_long(tmp_path / "control.sock", talk) as path:
+        stream = await trio.open_unix_socket(path)
+        await stream.send_all(b'{"command": "long"}\n')
+        assert await stream.receive_some()
+        await stream.aclose()
+        await ended.wait()
+
+
+@pytest.mark.expected_logs("the command 'long' failed .ZeroDivisionError")
+@pytest.mark.parametrize(
+    ("error", "text"), [(NoSuchEntry("models/a"), "^models/a$"), (ZeroDivisionError(), "internal")]
+)
+async def test_a_failure_after_news_is_a_refusal(
+    tmp_path: Path, error: Exception, text: str
+) -> None:
+    async def fail(request: dict[str, Any], listener: Listener) -> dict[str, Any]:
+        await listener.tell({})
+        raise error
+
+    async with serving_long(tmp_path / "control.sock", fail) as path:
+        with pytest.raises(UserError, match=text):
+            await ask(path, "long")
+
+
+async def test_the_next_request_may_come_while_a_command_runs(tmp_path: Path) -> None:
+    async def hear(request: dict[str, Any], listener: Listener) -> dict[str, Any]:
+        await trio.sleep(0.05)
+        return {"long": True}
+
+    async with serving_long(tmp_path / "control.sock", hear) as path:
+        stream = await trio.open_unix_socket(path)
+        async with stream:
+            await stream.send_all(b'{"command": "long"}\n')
+            await stream.send_all(b'{"command": "echo"}\n')
+            received = b""
+            while received.count(b"\n") < 2:
+                received += await stream.receive_some()
+        first, second = map(json.loads, received.splitlines())
+        assert first == {"ok": True, "long": True}
+        assert second == {"ok": True, "heard": {}}

@@ -5,6 +5,13 @@ A Unix socket in the state directory, for its owner only. One JSON object per li
     {"command": "status", ...arguments}
     {"ok": true, ...}   or   {"ok": false, "error": text}
 
+Before the reply of a command that takes long come any number of lines with news:
+
+    {"news": {...}}
+
+At least one a second, so that a client can tell a long command from a dead daemon. Such a command
+ends when its client goes away.
+
 A connection may carry several requests, one after the other. A request has at most 1 MiB, a reply
 at most 64 MiB; names that are not UTF-8 travel as lone surrogates (`\\udcff`). A client that speaks
 HTTP gets a page instead: `curl --unix-socket DIR/control.sock http://localhost/metrics`.
@@ -20,7 +27,8 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +48,25 @@ IDLE_SECONDS_MAX = 60.0  # that a client may think between two requests
 SEND_SECONDS_MAX = 30.0
 RECEIVE_BYTES = 64 << 10
 
+NEWS_SECONDS = 1.0  # between two reports of the progress of a command that takes long
+
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+LongHandler = Callable[[dict[str, Any], "Listener"], Awaitable[dict[str, Any]]]
 
 
 class ControlServer:
     """Answers commands; knows nothing of what they mean."""
 
     def __init__(
-        self, path: Path, handlers: Mapping[str, Handler], pages: Mapping[str, Page] | None = None
+        self,
+        path: Path,
+        handlers: Mapping[str, Handler],
+        pages: Mapping[str, Page] | None = None,
+        long_handlers: Mapping[str, LongHandler] | None = None,
     ) -> None:
         self.path = path
         self._handlers, self._pages = dict(handlers), dict(pages or {})
+        self._long_handlers = dict(long_handlers or {})
         self._client_count = 0
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -90,7 +106,9 @@ class ControlServer:
                     if is_http(line):
                         await answer_http(stream, line, self._pages, bytes(buffer))
                         return
-                    reply = await self._answer(line)
+                    reply = await self._answer(line, stream, buffer)
+                    if reply is None:
+                        return
                     # A `stop` cancels everything, this task too: its answer goes out first.
                     with trio.move_on_after(SEND_SECONDS_MAX, shield=True):
                         await stream.send_all(_encode_reply(reply))
@@ -99,8 +117,10 @@ class ControlServer:
         finally:
             self._client_count -= 1
 
-    async def _answer(self, line: bytes) -> dict[str, Any]:
-        """Carry out one request. Every failure becomes a reply."""
+    async def _answer(
+        self, line: bytes, stream: trio.SocketStream, buffer: bytearray
+    ) -> dict[str, Any] | None:
+        """Carry out one request. Every failure becomes a reply; None if the client is gone."""
         try:
             request = json.loads(line)
         except (ValueError, RecursionError):
@@ -108,17 +128,77 @@ class ControlServer:
         if not isinstance(request, dict) or not isinstance(request.get("command"), str):
             return _refusal("the request is not an object with a command")
         command = request.pop("command")
-        handler = self._handlers.get(command)
-        if handler is None:
-            known = ", ".join(sorted(self._handlers))
-            return _refusal(f"the daemon does not know the command {command!r}, only {known}")
+        handler, long_handler = self._handlers.get(command), self._long_handlers.get(command)
         try:
-            return {**await handler(request), "ok": True}
+            if handler is not None:
+                return {**await handler(request), "ok": True}
+            if long_handler is not None:
+                return await _carry_out(long_handler, request, stream, buffer)
         except ModelfsError as error:
             return _refusal(str(error) or type(error).__name__)
         except Exception:
             log.exception("the command %r failed", command)
             return _refusal(f"internal error in the daemon while it did {command!r}: see its log")
+        known = ", ".join(sorted({**self._handlers, **self._long_handlers}))
+        return _refusal(f"the daemon does not know the command {command!r}, only {known}")
+
+
+class Listener:
+    """Who waits for a command that takes long. `progress` is told over and over, once it is set."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.progress: Callable[[], dict[str, Any]] = dict
+        self.scope = trio.CancelScope()
+        self._stream = stream
+        self._sending = trio.Lock()
+
+    async def tell(self, news: dict[str, Any]) -> None:
+        """Send news. Ends the command if the client is gone, or does not listen."""
+        try:
+            with trio.fail_after(SEND_SECONDS_MAX):
+                async with self._sending:
+                    await self._stream.send_all(json.dumps({"news": news}).encode() + b"\n")
+        except (trio.BrokenResourceError, trio.TooSlowError):
+            log.debug("the client of a long command went away, or does not listen")
+            self.scope.cancel()
+            await trio.sleep_forever()
+
+    async def keep_telling(self) -> None:
+        """Report the progress, for ever."""
+        while True:
+            await trio.sleep(NEWS_SECONDS)
+            await self.tell({"progress": self.progress()})
+
+    async def watch(self, buffer: bytearray) -> None:
+        """End the command when the client goes away. What it sends is its next request."""
+        with suppress(trio.BrokenResourceError):
+            while len(buffer) <= REQUEST_BYTES_MAX:
+                data = await self._stream.receive_some(RECEIVE_BYTES)
+                if not data:
+                    break
+                buffer += data
+        self.scope.cancel()
+
+
+async def _carry_out(
+    handler: LongHandler, request: dict[str, Any], stream: trio.SocketStream, buffer: bytearray
+) -> dict[str, Any] | None:
+    """Carry out a request that takes long; None if its client went away first."""
+    listener = Listener(stream)
+    reply: dict[str, Any] | None = None
+    failure: Exception | None = None
+    with listener.scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listener.watch, buffer)
+            nursery.start_soon(listener.keep_telling)
+            try:
+                reply = {**await handler(request, listener), "ok": True}
+            except Exception as error:
+                failure = error  # out of the nursery as it is, not in a group
+            listener.scope.cancel()
+    if failure is not None:
+        raise failure
+    return reply
 
 
 def _refusal(text: str) -> dict[str, Any]:
@@ -162,6 +242,17 @@ def call(
     Returns the reply without its `ok`. Raises `UserError`: nobody listens, no answer in time, or
     the daemon refused, with its own words.
     """
+    *_, (_, reply) = call_long(socket_path, command, timeout, **arguments)
+    return reply
+
+
+def call_long(
+    socket_path: Path | str, command: str, timeout: float, /, **arguments: object
+) -> Generator[tuple[bool, dict[str, Any]], None, None]:
+    """As `call`, for commands that take long: yields (False, news) and at last (True, reply).
+
+    Whoever stops to iterate ends the command.
+    """
     path = Path(socket_path)
     request = json.dumps({"command": command, **arguments}).encode() + b"\n"
     try:
@@ -170,32 +261,43 @@ def call(
             with short_path(path) as short:
                 stream.connect(short)
             stream.sendall(request)
-            line = _read_reply(stream)
+            for line in _read_lines(stream):
+                reply = _decode(line, path)
+                if "news" not in reply:
+                    break
+                yield False, reply["news"]
+            else:
+                raise UserError(f"the daemon at {path} ended before it answered")
     except TimeoutError as error:
         raise UserError(f"the daemon at {path} did not answer within {timeout:.0f} s") from error
     except OSError as error:
         raise UserError(_explain(path, error)) from error
-    if line is None:
-        raise UserError(f"the daemon at {path} ended before it answered")
+    if reply.pop("ok", None) is not True:
+        raise UserError(str(reply.get("error") or "the daemon refused without a reason"))
+    yield True, reply
+
+
+def _decode(line: bytes, path: Path) -> dict[str, Any]:
     try:
         reply = json.loads(line)
     except ValueError as error:
         raise UserError(f"what answers at {path} is not a modelfs daemon") from error
-    if not isinstance(reply, dict) or reply.pop("ok", None) is not True:
-        text = reply.get("error") if isinstance(reply, dict) else None
-        raise UserError(str(text or "the daemon refused without a reason"))
+    if not isinstance(reply, dict):
+        raise UserError("the daemon refused without a reason")
     return reply
 
 
-def _read_reply(stream: socket.socket) -> bytes | None:
+def _read_lines(stream: socket.socket) -> Iterator[bytes]:
+    """The lines of an answer, each with its end."""
     buffer = bytearray()
     while data := stream.recv(RECEIVE_BYTES):
-        buffer += data
-        if data.endswith(b"\n"):
-            return bytes(buffer)
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            yield bytes(buffer) + end + b"\n"
+            buffer.clear()
+        buffer += rest
         if len(buffer) > REPLY_BYTES_MAX:
             raise UserError("the daemon's answer is larger than 64 MiB")
-    return None
 
 
 def _explain(path: Path, error: OSError) -> str:
