@@ -173,6 +173,15 @@ class Holding(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class HeldChunk:
+    """A copy that a store lists."""
+
+    chunk: ChunkId
+    holding: Holding
+    file_bytes: int  # what its file takes
+
+
+@dataclass(frozen=True, slots=True)
 class StoreUsage:
     """How full a chunk store is; all in bytes but the counts."""
 
@@ -249,7 +258,7 @@ class ChunkStore(Protocol):
         """Read a chunk whole and check it against its own table, checksum and BLAKE3 name.
 
         False if it is damaged; the store does not have it any more then, so that a good copy can
-        be put in its place. Raises `ChunkMissing`.
+        be put in its place. Raises `ChunkMissing`. Does not count as a use of a CACHED copy.
         """
         ...
 
@@ -263,6 +272,13 @@ class ChunkStore(Protocol):
 
     def owned(self) -> Iterator[tuple[ChunkId, float]]:
         """All owned chunks with the time (Unix seconds) at which each was last put."""
+        ...
+
+    def shelf(self, first: int) -> list[HeldChunk]:
+        """All chunks, OWNED and CACHED, whose id begins with this byte; in the order of their ids.
+
+        Chunks that come or go meanwhile may be left out.
+        """
         ...
 
     def usage(self) -> StoreUsage:

@@ -113,6 +113,21 @@ class ChunkStoreContract:
         assert usage.cached_bytes >= 500
         assert usage.free_bytes <= usage.capacity_bytes
 
+    def test_the_shelves_hold_every_chunk_once_and_in_order(self, store: ChunkStore) -> None:
+        wanted = {}
+        for seed in range(600):  # two or three on a shelf
+            data = some_bytes(100 + seed, seed)
+            ref, table = describe(data)
+            wanted[ref.id] = Holding.CACHED if seed % 3 == 0 else Holding.OWNED
+            store.put(ref, table, data, wanted[ref.id])
+        shelves = [store.shelf(first) for first in range(256)]
+        assert all(one.chunk[0] == first for first in range(256) for one in shelves[first])
+        held = [one for shelf in shelves for one in shelf]
+        assert [one.chunk for one in held] == sorted(wanted)
+        assert {one.chunk: one.holding for one in held} == wanted
+        usage = store.usage()
+        assert sum(one.file_bytes for one in held) == usage.owned_bytes + usage.cached_bytes
+
     def test_a_cached_chunk_that_is_put_as_owned_becomes_owned(self, store: ChunkStore) -> None:
         data = some_bytes(70_000)
         ref, table = describe(data)

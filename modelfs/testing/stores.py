@@ -30,7 +30,7 @@ from modelfs.chunk import (
 from modelfs.errors import ChunkMissing, CorruptChunk, OutOfSpace, PeerUnavailable
 from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import GIB
-from modelfs.ports import ChunkStore, Holding, OpenChunk, StoreUsage
+from modelfs.ports import ChunkStore, HeldChunk, Holding, OpenChunk, StoreUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class MemoryChunkStore:
 
     def verify(self, chunk: ChunkId) -> bool:
         """See `ChunkStore.verify`."""
-        copy = self._find(chunk)
+        copy = self._find(chunk, is_use=False)
         if blake3.blake3(copy.data).digest() == chunk and block_table(copy.data) == copy.table:
             return True
         with self._lock:
@@ -163,6 +163,16 @@ class MemoryChunkStore:
         with self._lock:
             copies = list(self._copies.items())
         return ((chunk, copy.put_at) for chunk, copy in copies if copy.holding is Holding.OWNED)
+
+    def shelf(self, first: int) -> list[HeldChunk]:
+        """See `ChunkStore.shelf`."""
+        with self._lock:
+            copies = [(chunk, self._copies[chunk]) for chunk in sorted(self._copies)]
+        return [
+            HeldChunk(chunk, copy.holding, copy.file_bytes)
+            for chunk, copy in copies
+            if chunk[0] == first
+        ]
 
     def usage(self) -> StoreUsage:
         """See `ChunkStore.usage`."""
@@ -196,12 +206,13 @@ class MemoryChunkStore:
 
     # ------------------------------------------------------------ inside
 
-    def _find(self, chunk: ChunkId) -> _Copy:
+    def _find(self, chunk: ChunkId, is_use: bool = True) -> _Copy:
         with self._lock:
             copy = self._copies.get(chunk)
             if copy is None:
                 raise ChunkMissing(chunk, self.where)
-            self._copies.move_to_end(chunk)
+            if is_use:
+                self._copies.move_to_end(chunk)
             return copy
 
     def _has_room(self, new: _Copy) -> bool:

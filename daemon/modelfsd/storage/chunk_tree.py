@@ -51,15 +51,22 @@ def make_directories(root: str) -> None:
 def scan(root: str, holding: Holding) -> Iterator[tuple[ChunkId, os.stat_result]]:
     """Every chunk file with its status; what is not named like one is left alone."""
     for prefix in PREFIXES:
-        with os.scandir(f"{root}/{holding.value}/{prefix}") as entries:
-            for entry in entries:
-                if len(entry.name) != 62 or not _HEX_DIGITS.issuperset(entry.name):
-                    continue
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue  # deleted since the directory was read
-                yield ChunkId(bytes.fromhex(prefix + entry.name)), status
+        yield from scan_prefix(root, holding, prefix)
+
+
+def scan_prefix(
+    root: str, holding: Holding, prefix: str
+) -> Iterator[tuple[ChunkId, os.stat_result]]:
+    """As `scan`, of the chunks whose names begin with these two digits."""
+    with os.scandir(f"{root}/{holding.value}/{prefix}") as entries:
+        for entry in entries:
+            if len(entry.name) != 62 or not _HEX_DIGITS.issuperset(entry.name):
+                continue
+            try:
+                status = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue  # deleted since the directory was read
+            yield ChunkId(bytes.fromhex(prefix + entry.name)), status
 
 
 def clear_incoming(root: str) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from modelfs.chunk import Buffer, ChunkRef, covering_blocks, is_table_valid
 from modelfs.errors import ChunkMissing, CorruptChunk, OutOfSpace
 from modelfs.ids import ChunkId
-from modelfs.ports import Holding, OpenChunk, StoreUsage
+from modelfs.ports import HeldChunk, Holding, OpenChunk, StoreUsage
 from modelfsd.storage import chunk_file, chunk_tree, page_cache
 from modelfsd.storage.absent import AbsentChunks
 from modelfsd.storage.chunk_tree import PREFIXES, free_bytes, scan, status_of
@@ -115,6 +115,14 @@ class DiskChunkStore:
         for chunk, status in scan(self._root, Holding.OWNED):
             yield chunk, status.st_mtime
 
+    def shelf(self, first: int) -> list[HeldChunk]:
+        """See `ChunkStore.shelf`."""
+        found: dict[ChunkId, HeldChunk] = {}
+        for holding in (Holding.CACHED, Holding.OWNED):  # both for a moment only: then it is owned
+            for chunk, status in chunk_tree.scan_prefix(self._root, holding, PREFIXES[first]):
+                found[chunk] = HeldChunk(chunk, holding, status.st_size)
+        return [found[chunk] for chunk in sorted(found)]
+
     def usage(self) -> StoreUsage:
         """See `ChunkStore.usage`. Bytes are those of whole files."""
         disk = os.statvfs(self._root)
@@ -180,7 +188,7 @@ class DiskChunkStore:
 
     def verify(self, chunk: ChunkId) -> bool:
         """See `ChunkStore.verify`. A bad owned file goes to damaged/; a bad cached one, away."""
-        fd, holding = self._open_file(chunk)
+        fd, holding = self._open_file(chunk, is_use=False)
         try:
             if chunk_file.is_whole(fd, chunk):
                 return True
@@ -215,7 +223,7 @@ class DiskChunkStore:
         name = chunk.hex()
         return f"{self._root}/{holding.value}/{name[:2]}/{name[2:]}"
 
-    def _open_file(self, chunk: ChunkId) -> tuple[int, Holding]:
+    def _open_file(self, chunk: ChunkId, is_use: bool = True) -> tuple[int, Holding]:
         assert len(chunk) == 32
         look = self._absent.look()
         # A cached chunk may become owned between the two looks, hence the third.
@@ -224,7 +232,7 @@ class DiskChunkStore:
                 fd = os.open(self._path(chunk, holding), os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
                 continue
-            if holding is Holding.CACHED:
+            if holding is Holding.CACHED and is_use:
                 with self._lock:
                     if chunk in self._cached:
                         self._cached.move_to_end(chunk)
