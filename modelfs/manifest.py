@@ -49,7 +49,8 @@ class PlacedChunk:
     epoch: Epoch
 
 
-def _placed(entry: np.void) -> PlacedChunk | None:
+def placed_chunk(entry: np.void) -> PlacedChunk | None:
+    """What one entry names; None for a hole."""
     name = bytes(entry["id"])
     if name == HOLE:
         return None
@@ -99,13 +100,13 @@ class Manifest:
         if not self.is_paged or index >= self.count:
             return None
         page = index // PAGE_ENTRIES
-        if page in self.pages or _placed(self.table[page]) is None:
+        if page in self.pages or placed_chunk(self.table[page]) is None:
             return None
         return page
 
     def page_chunk(self, page: int) -> PlacedChunk:
         """Where a page's bytes are."""
-        placed = _placed(self.table[page])
+        placed = placed_chunk(self.table[page])
         assert placed is not None, "a page of holes is never loaded"
         return placed
 
@@ -121,11 +122,11 @@ class Manifest:
         if index >= self.count:
             return None
         if not self.is_paged:
-            return _placed(self.table[index])
+            return placed_chunk(self.table[index])
         page, within = divmod(index, PAGE_ENTRIES)
-        if _placed(self.table[page]) is None:
+        if placed_chunk(self.table[page]) is None:
             return None
-        return _placed(self.pages[page][within])
+        return placed_chunk(self.pages[page][within])
 
     def entries(self) -> Entries:
         """All entries as one array. Every page must be loaded."""
@@ -136,7 +137,9 @@ class Manifest:
     def own_chunks(self) -> Iterable[PlacedChunk]:
         """The chunks of the pages (not of the file)."""
         if self.is_paged:
-            yield from (placed for entry in self.table if (placed := _placed(entry)) is not None)
+            yield from (
+                placed for entry in self.table if (placed := placed_chunk(entry)) is not None
+            )
 
     def hole_bytes(self) -> int:
         """How much of the file lies where no chunk is. A page that is not loaded counts as full."""
@@ -168,12 +171,12 @@ class Manifest:
         return [
             page
             for page in range(len(self.table))
-            if page not in self.pages and _placed(self.table[page]) is not None
+            if page not in self.pages and placed_chunk(self.table[page]) is not None
         ]
 
     def _page_entries(self, page: int) -> Entries:
         length = min(PAGE_ENTRIES, self.count - page * PAGE_ENTRIES)
-        if _placed(self.table[page]) is None:
+        if placed_chunk(self.table[page]) is None:
             return np.zeros(length, ENTRY)
         return self.pages[page]
 

@@ -2,7 +2,8 @@
 
 Exit codes: 0 done; 1 it failed (the daemon did not come up, the mount is busy); 2 the command or
 the machine's set-up is wrong, and the text says what to do. A user's mistake never shows a
-traceback: `main` is the one place where an error becomes a message and an exit code.
+traceback: `main` is the one place where an error becomes a message and an exit code. But for
+`scrub`, which has codes of its own, those of fsck(8) (`modelfsd.commands.checking`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import typer
 import modelfs
 from modelfs.errors import ModelfsError, UserError
 from modelfsd import logs, sdnotify
-from modelfsd.commands import flags, launch, preflight, show
+from modelfsd.commands import checking, flags, launch, preflight, show
 from modelfsd.commands.asking import ANSWER_SECONDS, ask_about, choose_daemon
 from modelfsd.commands.control import call
 from modelfsd.commands.registry import Registry
@@ -303,6 +304,7 @@ def cache_drop(
 
 
 add_commands(app)
+checking.add_commands(app)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ file is its key there, and on the command line it has dashes:
     lock_wait = "30s"                 down_out = "10m"          options = ["xattr"]
     reclaim_grace = "1h"              retain = "1h"             join = "/root/token"
     data_tls = "on"                   etcd_ca = "/etc/ssl/etcd.pem" (also etcd_cert, etcd_key)
-    metrics_listen = "127.0.0.1:9420"
+    metrics_listen = "127.0.0.1:9420" scrub_every = "2w"
 
 In the environment a list is separated by commas. Mount options add up over the layers, the later
 one winning. An unknown key in the file is refused; an unknown `MODELFS_*` variable is not, since
@@ -53,6 +53,7 @@ CONFIG_VARIABLE = "MODELFS_CONFIG"
 DOWN_OUT_SECONDS = 600.0  # a reboot takes less, so it moves no data
 RECLAIM_GRACE_SECONDS = 3600.0  # for pins and renewals to arrive, with hours of etcd in hand
 RECLAIM_GRACE_SECONDS_MIN = 1.0  # less than a minute is for tests
+SCRUB_SECONDS = 14 * 86_400.0  # bits flip rarely; twice a month bounds how many do together
 LOCK_WAIT_SECONDS_MAX = 3600.0
 METRICS_PORT_DEFAULT = 9420
 
@@ -84,6 +85,7 @@ class Config:
     lock_wait_seconds: float = limits.LOCK_WAIT_SECONDS
     down_out_seconds: float = DOWN_OUT_SECONDS
     reclaim_grace_seconds: float = RECLAIM_GRACE_SECONDS
+    scrub_every_seconds: float = SCRUB_SECONDS  # that a background scrub takes; 0: there is none
     metrics_listen: HostPort | None = None  # a loopback address; None: the admin socket alone
     foreground: bool = False
 
@@ -219,6 +221,13 @@ def _reclaim_grace(value: object) -> float:
     return seconds
 
 
+def _scrub_every(value: object) -> float:
+    seconds = parse_duration(_text(value))
+    if 0 < seconds < 1:
+        raise UserError(f"{value!r} is too short for reading a disk; 0 turns the scrub off")
+    return seconds
+
+
 def _metrics_listen(value: object) -> HostPort:
     host, port = parse_host_port(_text(value), METRICS_PORT_DEFAULT)
     if not is_loopback(host):
@@ -249,6 +258,7 @@ SETTINGS: dict[str, Callable[[object], Any]] = {
     "lock_wait": _lock_wait,
     "down_out": lambda value: parse_duration(_text(value)),
     "reclaim_grace": _reclaim_grace,
+    "scrub_every": _scrub_every,
     "metrics_listen": _metrics_listen,
 }
 _FLAGS = {"peers": "--peer", "options": "-o"}
@@ -288,7 +298,7 @@ def load_config(
             values[key] = parsed
     values.pop("options", None)
     host, port = values.pop("listen", ("", PORT_DEFAULT))
-    for key in ("retain", "lock_wait", "down_out", "reclaim_grace"):
+    for key in ("retain", "lock_wait", "down_out", "reclaim_grace", "scrub_every"):
         if key in values:
             values[f"{key}_seconds"] = values.pop(key)
     values["etcd"], values["etcd_tls"] = _etcd(values.get("etcd", ()))

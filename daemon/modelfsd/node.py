@@ -17,7 +17,6 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import trio
@@ -34,6 +33,7 @@ from modelfsd.cluster.removal import Removal
 from modelfsd.commands.control import ControlServer
 from modelfsd.commands.measures import Measures
 from modelfsd.commands.pages import serve_pages
+from modelfsd.commands.scrub_service import ScrubService
 from modelfsd.commands.status import Status
 from modelfsd.config import Config
 from modelfsd.kernel.access_times import AccessTimes
@@ -200,16 +200,9 @@ class Node:
             self._admission.admit,
             self._repairer.report_from_thread,
         )
+        etcd = self._store, self._member, self._is_etcd_ours, self._feed.mirror
         self._security = Security(
-            self._tls,
-            config.listen[0],
-            config.state_dir,
-            self._store,
-            self._member,
-            self._is_etcd_ours,
-            self._feed.mirror,
-            self._server,
-            self._peers,
+            self._tls, config.listen[0], config.state_dir, *etcd, self._server, self._peers
         )
 
     def _build_kernel_side(self) -> None:
@@ -257,7 +250,10 @@ class Node:
             self._writer.lost_dir,
         )
         retained = (self._retention.retained,)
-        self._upkeep = Upkeep(parts, grace, config.down_out_seconds, retained)
+        self._upkeep = Upkeep(
+            parts, grace, config.down_out_seconds, retained, config.scrub_every_seconds
+        )
+        self._repairer.on_failure = self._upkeep.restorer.report
         watchers = (self._security, cache, leases, self._membership, self._upkeep, self._retention)
         for listener in watchers:
             self._feed.listen(listener.on_changes)
@@ -273,7 +269,7 @@ class Node:
             lambda: self._feed.is_attached,
             lambda: self._warnings,
             os.getpid(),
-            lambda: asdict(self._upkeep.statistics()),
+            self._upkeep.told,
             self._tls.keys.ends,
         )
         if kept := self._writer.keep_leftovers():
@@ -317,20 +313,15 @@ class Node:
             "policy": Policies(self._namespace).policy,
             **RecoveryService(self._writer, self._chunks).handlers(),
         }
-        measures = Measures(
-            self._config.name,
-            self._operations,
-            self._files,
-            self._writer,
-            self._peers,
-            self._server,
-            self._pusher,
-            self._group,
-            self._upkeep,
-        )
+        counting = self._operations, self._files, self._writer, self._peers, self._server
+        measures = Measures(self._config.name, *counting, self._pusher, self._group, self._upkeep)
         pages = {"/metrics": measures.page}
+        scrubs = ScrubService(self._config.name, self._upkeep.scrubber, self._upkeep.scrub_rounds)
         control = ControlServer(
-            self._config.control_path, {**handlers, **measures.handlers()}, pages
+            self._config.control_path,
+            {**handlers, **measures.handlers()},
+            pages,
+            {"scrub": scrubs.scrub},
         )
         self._mount.open()
         try:

@@ -48,6 +48,7 @@ STAGES = {
     "etcd_txn": "one transaction, of one change or of several merged",
     "apply": "after a change: until this node's own copy of the namespace has it",
     "commit": "a commit of written data, from close or fsync to its end",
+    "scrub": "one copy on this node's disk read and verified, before anybody needs it",
     "serve": "a chunk or a range sent to a peer that asked",
 }
 

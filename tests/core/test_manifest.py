@@ -82,7 +82,7 @@ class Stored:
         for page in self.manifest.missing_pages():
             self.load(page)
         entries = self.manifest.entries()
-        assert [manifests._placed(entry) for entry in entries] == self.model
+        assert [manifests.placed_chunk(entry) for entry in entries] == self.model
 
 
 steps = st.lists(

@@ -130,10 +130,10 @@ def test_the_help_names_what_there_is_and_nothing_else() -> None:
         "ca",
         "lab",
         "cache",
+        "scrub",
     ):
         assert f"  {command} " in done.stdout
-    for command in ("scrub", "fsck"):
-        assert command not in done.stdout
+    assert "fsck" not in done.stdout
 
 
 def test_the_version_is_the_library_s() -> None:

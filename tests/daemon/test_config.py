@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_manual() -> None:
     assert config.lock_wait_seconds == 30
     assert config.down_out_seconds == 600
     assert config.reclaim_grace_seconds == 3600
+    assert config.scrub_every_seconds == 14 * 86_400
     assert config.cache_size is None
     assert not config.options.allow_other
 
@@ -122,6 +123,7 @@ def test_a_wrong_value_in_the_environment_names_its_variable() -> None:
         ("replicas = ", "is not TOML"),
         ("peers = 3", "is not a list"),
         ("lock_wait = '2h'", "longer than an hour"),
+        ("scrub_every = '1ms'", "scrub_every: '1ms' is too short"),
         ("reclaim_grace = '0.5s'", "reclaim_grace: '0.5s' is too short"),
     ],
 )

@@ -165,6 +165,7 @@ def test_the_page_is_prometheus_s_text_and_has_what_was_counted() -> None:
             "served": served,
             "store": store,
             "upkeep": {"pins": 9},
+            "scrub": {"bad_chunks": 4},
         },
         {"read": histogram.snapshot()},
         {},
@@ -182,4 +183,5 @@ def test_the_page_is_prometheus_s_text_and_has_what_was_counted() -> None:
     assert samples["modelfs_served_requests_total", "get"] == 3
     assert samples["modelfs_read_bytes_total", "remote"] == 6
     assert samples["modelfs_upkeep_pins",] == 9
+    assert samples["modelfs_scrub_bad_chunks",] == 4
     assert samples["process_resident_memory_bytes",] > 0

@@ -20,8 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import blake3
 import pytest
 
+from modelfs import stripe
+from modelfs.limits import CHUNK_BYTES_DEFAULT
 from modelfsd import mounts
 from modelfsd.commands.control import call
 from modelfsd.lab import processes as lab_processes
@@ -160,6 +163,26 @@ def version_in(data: bytes) -> int:
         at = next(i for i in range(len(data)) if data[i] != wanted[i])
         raise AssertionError(f"version {version} goes on at {at} with {data[at : at + 32]!r}")
     return version
+
+
+def chunk_files(node: LabNode) -> dict[str, Path]:
+    """The chunks that a node owns, on its disk, by their names in hex."""
+    owned = node.state_dir / "chunks" / "owned"
+    return {f"{path.parent.name}{path.name}": path for path in owned.glob("*/*") if path.is_file()}
+
+
+def chunk_names(contents: bytes, chunk_bytes: int = CHUNK_BYTES_DEFAULT) -> list[str]:
+    """The names of a file's chunks, in hex."""
+    count = stripe.chunk_count(chunk_bytes, len(contents))
+    spans = (stripe.span(chunk_bytes, index) for index in range(count))
+    return [blake3.blake3(contents[start : start + size]).hexdigest() for start, size in spans]
+
+
+def flip(path: Path, offset: int) -> None:
+    """Flip a bit of a file, behind everybody's back."""
+    with path.open("r+b") as file:
+        byte = os.pread(file.fileno(), 1, offset)
+        os.pwrite(file.fileno(), bytes([byte[0] ^ 0x10]), offset)
 
 
 def forget_pages(path: Path) -> None:

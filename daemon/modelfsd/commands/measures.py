@@ -72,6 +72,7 @@ class Measures:
             "served": asdict(self.server.statistics()),
             "store": asdict(await trio.to_thread.run_sync(chunks.store.usage)),
             "upkeep": asdict(self.upkeep.statistics()),
+            "scrub": self.upkeep.scrub_statistics(),
             "files": mirror.file_count,
             "bytes": mirror.file_bytes,
             "nodes_up": len(mirror.nodes),

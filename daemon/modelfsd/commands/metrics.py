@@ -93,6 +93,8 @@ def _state(counters: Counters) -> Iterator[Metric]:
     yield _gauge("modelfs_nodes_up", "Of the cluster.", counters["nodes_up"])
     for name, value in counters["upkeep"].items():
         yield _gauge(f"modelfs_upkeep_{name}", "As in `modelfs status`.", value)
+    for name, value in counters["scrub"].items():
+        yield _gauge(f"modelfs_scrub_{name}", "As in `modelfs status`.", value)
 
 
 Value = float | Mapping[str, float]  # one number, or one for each value of the label

@@ -73,12 +73,23 @@ def status_view(status: dict[str, Any]) -> RenderableType:
         copies = Text("complete", style="green")
     facts.add_row("copies", copies)
     facts.add_row("upkeep", _upkeep_line(_part(status, "upkeep")))
+    facts.add_row("scrub", _scrub_line(_part(status, "scrub")))
     facts.add_row("etcd", _etcd_line(_part(status, "etcd")))
     if isinstance(ends := status.get("certificate_ends_at"), int | float):
         facts.add_row("certificate", f"until {_time(int(ends * 1e9))}, renewed before that")
     parts: list[RenderableType] = [facts, _nodes_table(status.get("nodes") or [])]
     if limits := status.get("limits"):
         facts.add_row("limits", "; ".join(map(_said, limits)))
+    for path in status.get("damaged_files") or []:
+        facts.add_row("damaged", Text(_said(path), style="red"))
+    if (
+        count := (status.get("damaged_file_count") or 0) - len(status.get("damaged_files") or [])
+    ) > 0:
+        facts.add_row("damaged", f"... and {_count(count, 'file')} more")
+    for chunk in status.get("lost_chunks") or []:
+        paths = ", ".join(map(_said, chunk.get("paths") or []))
+        text = f"chunk {_said(chunk.get('chunk'))[:16]} of {paths}: {_said(chunk.get('reason'))}"
+        facts.add_row("lost", Text(text, style="red"))
     for record in status.get("unreadable_records") or []:
         facts.add_row("unreadable", f"{_said(record.get('key'))}: {_said(record.get('reason'))}")
     parts += [Text(f"warning: {warning}", style="yellow") for warning in status.get("warnings", [])]
@@ -92,6 +103,25 @@ def _upkeep_line(upkeep: dict[str, Any]) -> str:
     line += f", made {_count(upkeep.get('copied_chunks'), 'missing copy', 'missing copies')}"
     if upkeep.get("heal_failures"):
         line += f" ({_said(upkeep['heal_failures'])} to be tried again)"
+    return line
+
+
+def _scrub_line(scrub: dict[str, Any]) -> str:
+    if not scrub:
+        return "-"
+    if scrub.get("every_seconds"):
+        done = f"{int(100 * (scrub.get('position') or 0))} % of this round"
+        line = f"{done}, one every {format_duration(scrub['every_seconds'])}"
+    else:
+        line = "not in the background"
+    last = scrub.get("completed_at")
+    line += f"; last complete {_time(int(last * 1e9))}" if last else "; none was complete yet"
+    bad = (scrub.get("bad_chunks") or 0) + (scrub.get("dropped_chunks") or 0)
+    line += f"; {_count(bad, 'bad copy', 'bad copies')} since the start"
+    if bad:
+        line += f", {_said(scrub.get('restored_chunks'))} restored"
+    if scrub.get("unreadable_chunks"):
+        line += f"; {_count(scrub['unreadable_chunks'], 'chunk')} could not be looked at"
     return line
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
@@ -13,13 +15,13 @@ import trio
 
 from modelfs import __version__
 from modelfs.errors import ModelfsError, PeerRefused, PeerUnavailable
-from modelfs.ids import ChunkId, NodeId
+from modelfs.ids import ChunkId, InodeNumber, NodeId
 from modelfs.inode import Inode
 from modelfs.manifest import HOLE, Entries
 from modelfs.stripe import span
 from modelfsd.config import Config
 from modelfsd.etcd.store import EtcdStore, MemberInfo
-from modelfsd.metadata.locating import find, names_of, path_text
+from modelfsd.metadata.locating import find, names_of, path_text, paths_of
 from modelfsd.metadata.namespace import Namespace
 from modelfsd.storage.chunks import Chunks
 from modelfsd.storage.contents import Contents
@@ -29,6 +31,7 @@ FILES_COUNTED_MAX = 10_000  # whose replicas `status` counts; beyond that it say
 DB_QUOTA_BYTES = 8 << 30  # as given to the embedded etcd
 ETCD_SECONDS = 2.0
 UNREADABLE_SHOWN_MAX = 20
+DAMAGED_SHOWN_MAX = 20
 DAY_SECONDS = 86_400.0
 CERTIFICATE_DAYS_WARN = 20  # they last 90, and are renewed with 30 left
 AUTHORITY_DAYS_WARN = 180
@@ -42,6 +45,14 @@ TYPES = {
     stat.S_IFCHR: "character device",
     stat.S_IFBLK: "block device",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """How many chunks have too few copies, and which files lack some chunk on every living node."""
+
+    lacking: int
+    damaged: list[str]
 
 
 class Status:
@@ -73,7 +84,9 @@ class Status:
         """The handler of `modelfs status`."""
         etcd, members = await self._etcd()
         nodes = self._nodes({member.name for member in members if not member.is_learner})
-        under_replicated = await self._count_under_replicated()
+        copies = await self._count_copies()
+        under_replicated = copies.lacking if copies else None
+        told = self._upkeep()
         placement = self._mirror.latest_map
         ends = await trio.to_thread.run_sync(self._key_ends) if self._key_ends else None
         return {
@@ -91,7 +104,11 @@ class Status:
             "bytes": self._mirror.file_bytes,
             "retained_versions": self._mirror.history.count,
             "chunks_under_replicated": under_replicated,
-            "upkeep": self._upkeep(),
+            "upkeep": told.get("upkeep", {}),
+            "scrub": told.get("scrub", {}),
+            "lost_chunks": told.get("lost_chunks", []),
+            "damaged_files": copies.damaged[:DAMAGED_SHOWN_MAX] if copies else None,
+            "damaged_file_count": len(copies.damaged) if copies else None,
             "limits": self._limits(),
             "certificate_ends_at": ends[0] if ends else None,
             "authority_ends_at": ends[1] if ends else None,
@@ -104,6 +121,7 @@ class Status:
             "warnings": [
                 *self._warnings(),
                 *self._judge(nodes, members, under_replicated, etcd),
+                *_judge_damage(copies, told.get("lost_chunks", [])),
                 *(judge_keys(*ends, time.time()) if ends else ()),
             ],
         }
@@ -225,11 +243,12 @@ class Status:
 
     # ------------------------------------------------------------ replicas
 
-    async def _count_under_replicated(self) -> int | None:
-        """Chunks of current versions with fewer copies than their policy; None: not counted."""
+    async def _count_copies(self) -> _Copies | None:
+        """Of the current versions; None: there are too many to count."""
         if self._mirror.file_count > FILES_COUNTED_MAX:
             return None
         wanted: dict[ChunkId, int] = {}
+        damaged: set[InodeNumber] = set()
         for ino in self._mirror.inode_numbers():
             record = self._mirror.readable_inode(ino)
             if record is None or record.manifest is None:
@@ -239,11 +258,25 @@ class Status:
                     wanted[chunk] = max(wanted.get(chunk, 0), record.replicas)
             except ModelfsError:
                 wanted[ChunkId(record.manifest.id)] = record.replicas + 1  # its manifest is gone
+                damaged.add(ino)
         holders = await self.holders(list(wanted))
-        copies = [sum(have) for have in zip(*holders.values(), strict=True)]
-        return len(
-            [1 for have, needed in zip(copies, wanted.values(), strict=True) if have < needed]
-        )
+        counts = [sum(have) for have in zip(*holders.values(), strict=True)]
+        copies = dict(zip(wanted, counts, strict=True))
+        if gone := {chunk for chunk, count in copies.items() if not count}:
+            damaged |= await self._files_with(gone)
+        paths = [path for ino in sorted(damaged) for path in paths_of(self._mirror, ino)]
+        return _Copies(sum(copies[chunk] < wanted[chunk] for chunk in wanted), paths)
+
+    async def _files_with(self, chunks: set[ChunkId]) -> set[InodeNumber]:
+        """The files of whose current versions these chunks are."""
+        found = set()
+        for ino in self._mirror.inode_numbers():
+            record = self._mirror.readable_inode(ino)
+            if record is not None and record.manifest is not None:
+                with suppress(ModelfsError):  # a manifest that is gone has been noted before
+                    if not chunks.isdisjoint(await self._chunks_of(record)):
+                        found.add(ino)
+        return found
 
     async def _chunks_of(self, record: Inode) -> list[ChunkId]:
         """The chunks of a file and of its manifest."""
@@ -317,6 +350,17 @@ class Status:
             "chunk_count": len(held),
             "bytes": sum(sizes),
         }
+
+
+def _judge_damage(copies: _Copies | None, lost: list[dict[str, Any]]) -> list[str]:
+    if copies is not None and copies.damaged:
+        return [
+            f"{len(copies.damaged)} files cannot be read whole: of some chunk of theirs no living "
+            "node has a copy; `modelfs fsck` says which ranges"
+        ]
+    if lost:
+        return [f"{len(lost)} chunks that were bad on this node cannot be restored"]
+    return []
 
 
 def judge_keys(certificate_ends_at: float, authority_ends_at: float, now: float) -> list[str]:

@@ -31,6 +31,20 @@ def path_text(names: Sequence[bytes]) -> str:
     return "/" + b"/".join(names).decode(errors="replace")
 
 
+def exact_path(mirror: Mirror, parent: InodeNumber, name: bytes) -> str:
+    """The path of a name from the root of the mount; bytes that are not UTF-8 as surrogates."""
+    above = mirror.path_of(parent)
+    return "/" + (above + b"/" + name if above else name).decode(errors="surrogateescape")
+
+
+def paths_of(mirror: Mirror, ino: InodeNumber) -> list[str]:
+    """All paths of an inode, as `exact_path`; one that says so if it has no name."""
+    if ino == ROOT_INODE:
+        return ["/"]
+    names = mirror.names.get(ino, ())
+    return sorted(exact_path(mirror, *name) for name in names) or [f"(inode {ino}, without a name)"]
+
+
 def find(mirror: Mirror, names: Sequence[bytes]) -> tuple[InodeNumber, Inode]:
     """What a path means now. Raises `UserError` if there is no such file or directory."""
     ino = ROOT_INODE

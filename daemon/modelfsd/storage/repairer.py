@@ -1,18 +1,20 @@
 """Repairs this node's own damaged chunks from other replicas.
 
 Damage is found by a local read, or reported by a peer that was sent bad bytes. The store judges its
-copy itself; a bad one is put aside and fetched anew.
+copy itself; a bad one is put aside and fetched anew. What fails is told to `on_failure`, which
+tries again (`Restorer.report`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
 from modelfs.chunk import ChunkRef, describe
-from modelfs.errors import ChunkMissing, ModelfsError
-from modelfs.ids import Epoch
+from modelfs.errors import ChunkMissing, CorruptChunk, ModelfsError
+from modelfs.ids import ChunkId, Epoch
 from modelfs.manifest import PlacedChunk
 from modelfs.ports import Holding
 from modelfsd.storage.chunks import Chunks
@@ -30,6 +32,7 @@ class Repairer:
         self._token = trio.lowlevel.current_trio_token()
         self._queued: set[bytes] = set()
         self.repaired = 0
+        self.on_failure: Callable[[ChunkId], object] = _forget
 
     def report(self, ref: ChunkRef) -> None:
         """A local copy failed its check. From trio's thread."""
@@ -53,6 +56,7 @@ class Repairer:
                 await self._repair(chunks, ref)
             except (ModelfsError, OSError) as error:
                 log.error("chunk %s could not be repaired: %s", ref.id.hex()[:16], error)
+                self.on_failure(ref.id)
 
     async def _repair(self, chunks: Chunks, ref: ChunkRef) -> None:
         try:
@@ -62,10 +66,21 @@ class Repairer:
             log.debug("chunk %s is gone already", ref.id.hex()[:16])
         placement = chunks.mirror.latest_map
         epoch = placement.epoch if placement else Epoch(0)
-        data = await chunks.read(PlacedChunk(ref, epoch), 1, 0, ref.length)
-        found, table = await trio.to_thread.run_sync(describe, data)
-        assert found == ref
-        await trio.to_thread.run_sync(chunks.store.put, ref, table, data, Holding.OWNED)
-        await trio.to_thread.run_sync(chunks.store.sync)
+        await fetch_again(chunks, PlacedChunk(ref, epoch), 1)
         self.repaired += 1
         log.info("chunk %s is repaired", ref.id.hex()[:16])
+
+
+def _forget(chunk: ChunkId) -> None:
+    """Nobody tries again; a report comes again with the next read."""
+
+
+async def fetch_again(chunks: Chunks, placed: PlacedChunk, replicas: int) -> None:
+    """Have a good copy of a chunk on this node's disk again. Raises `ModelfsError`, OSError."""
+    ref = placed.ref
+    data = await chunks.read(placed, replicas, 0, ref.length)
+    found, table = await trio.to_thread.run_sync(describe, data)
+    if found != ref:
+        raise CorruptChunk(ref.id, "another node")
+    await trio.to_thread.run_sync(chunks.store.put, ref, table, data, Holding.OWNED)
+    await trio.to_thread.run_sync(chunks.store.sync)

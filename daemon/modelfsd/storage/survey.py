@@ -14,8 +14,8 @@ that cannot be read and may name a manifest, or place a chunk.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -23,10 +23,17 @@ import trio
 
 from modelfs import keys, manifest
 from modelfs.errors import ModelfsError, RecordUnreadable
-from modelfs.holdings import Holdings, References, references_of, references_of_entries
-from modelfs.ids import ROOT_INODE, InodeNumber
+from modelfs.holdings import (
+    Holdings,
+    References,
+    keys_of,
+    references_of,
+    references_of_entries,
+)
+from modelfs.ids import ROOT_INODE, ChunkId, InodeNumber
 from modelfs.inode import Pin
 from modelfs.limits import MIB
+from modelfs.manifest import Entries, PlacedChunk, placed_chunk
 from modelfs.mirror import Mirror
 from modelfsd.logs import RateLimited
 from modelfsd.metadata.feed import Feed
@@ -62,6 +69,31 @@ class Survey:
         return not self.unreadable
 
 
+@dataclass(slots=True)
+class Named:
+    """What manifests say of one chunk."""
+
+    placed: PlacedChunk
+    replicas: int  # the most copies that one of them asks for
+    manifests: set[bytes] = field(default_factory=set)  # the ids of those that name it
+
+
+@dataclass(slots=True)
+class Found:
+    """The chunks of a search that manifests name. `missed`: why there may be more."""
+
+    named: dict[ChunkId, Named]
+    missed: str
+
+    def note(self, placed: PlacedChunk, pin: Pin) -> None:
+        """A manifest names one of them."""
+        named = self.named.setdefault(placed.ref.id, Named(placed, 0))
+        named.replicas = max(named.replicas, 1, pin.replicas)
+        named.manifests.add(pin.manifest.id)
+        if placed.epoch > named.placed.epoch:
+            named.placed = placed
+
+
 # Further manifests that matter. Raises what makes the survey fail; tells it what it must miss.
 MorePins = Callable[[Survey], Awaitable[Iterable[Pin]]]
 
@@ -92,6 +124,55 @@ class Surveyor:
             _miss_unreadable(self._feed.mirror, survey)
             self._known = await self._mark_all(survey)
             return self._told(survey)
+
+    async def find(self, wanted: Collection[ChunkId]) -> Found:
+        """Which manifests name these chunks, and what they say of them. Raises as `survey`.
+
+        Costs as much as a survey: what manifests name is known from the last one, or read now.
+        """
+        async with self._surveying:
+            await self._feed.fresh()
+            survey = Survey(Holdings.of(()))
+            if reason := _why_not_trusted(self._feed.mirror):
+                survey.miss(reason)
+            _miss_unreadable(self._feed.mirror, survey)
+            found = Found({}, "")
+            await self._seek(self._pins(), frozenset(wanted), survey, found)
+            for more in self._more:
+                await self._seek(iter(await more(survey)), frozenset(wanted), survey, found)
+            found.missed = survey.example
+            return found
+
+    async def _seek(
+        self, pins: Iterator[Pin], wanted: frozenset[ChunkId], survey: Survey, found: Found
+    ) -> None:
+        keys_wanted = keys_of(np.frombuffer(b"".join(wanted), np.uint8).reshape(-1, 32))
+        while batch := list(islice(pins, BATCH_MANIFESTS)):
+            await trio.lowlevel.checkpoint()
+            read = await self._read_missing(batch, survey)
+            for pin in batch:
+                name = pin.manifest.id
+                if name in read:
+                    self._known.add(name, read[name])
+                references = read.get(name, self._known.get(name))
+                if references is not None and np.isin(references["key"], keys_wanted).any():
+                    try:
+                        await self._name(pin, wanted, found)
+                    except ModelfsError as error:
+                        survey.miss(f"manifest {name.hex()[:16]} cannot be read: {error}")
+
+    async def _name(self, pin: Pin, wanted: frozenset[ChunkId], found: Found) -> None:
+        """Note what one manifest says of the chunks that are looked for."""
+        tables: list[Entries] = []
+        own = await self._read_tables(pin, tables.append)
+        for placed in own:
+            if placed.ref.id in wanted:
+                found.note(placed, pin)
+        for table in tables:
+            for row in np.flatnonzero(np.isin(table["id"], _as_names(wanted))).tolist():
+                entry = placed_chunk(table[row])
+                assert entry is not None, "nobody looks for holes"
+                found.note(entry, pin)
 
     def _told(self, survey: Survey) -> Survey:
         if survey.unreadable:
@@ -157,18 +238,23 @@ class Surveyor:
         return read
 
     async def _read(self, pin: Pin) -> References:
+        parts: list[References] = []
+        own = await self._read_tables(pin, lambda table: parts.append(references_of_entries(table)))
+        return np.concatenate([references_of(own), *parts])
+
+    async def _read_tables(self, pin: Pin, take: Callable[[Entries], None]) -> list[PlacedChunk]:
+        """Read a manifest, a table of entries at a time; returns the chunks that it consists of."""
         root = pin.manifest.placed
         data = await self._chunks.read(root, pin.replicas, 0, root.ref.length)
         table = manifest.decode(data)
-        parts = [references_of([root, *table.own_chunks()])]
         if not table.is_paged:
-            parts.append(references_of_entries(table.table))
+            take(table.table)
         for page in table.missing_pages():
             placed = table.page_chunk(page)
             data = await self._chunks.read(placed, pin.replicas, 0, placed.ref.length)
             table.add_page(page, data)
-            parts.append(references_of_entries(table.pages.pop(page)))
-        return np.concatenate(parts)
+            take(table.pages.pop(page))
+        return [root, *table.own_chunks()]
 
 
 class _Cache:
@@ -210,6 +296,11 @@ class _Marks:
         references, replicas = np.concatenate(self._parts), np.concatenate(self._replicas)
         self._parts, self._replicas, self._rows = [], [], 0
         await trio.to_thread.run_sync(self._holdings.mark, references, replicas)
+
+
+def _as_names(chunks: Collection[ChunkId]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    """Ids as the entries of manifests have them."""
+    return np.frombuffer(b"".join(chunks), "V32")
 
 
 def _pin_of(mirror: Mirror, ino: InodeNumber) -> Pin | None:

@@ -4,6 +4,8 @@
     heal      when nodes come, go out, …     copies chunks to where they are missing `healing`
     renew     thrice in a grace              what is being written                   `renewal`
     pins      when an open version goes      keeps it for its readers                `pins`
+    scrub     everything once a fortnight    reads what the disk holds               `scrub_rounds`
+    restore   when a copy was bad            fetches a good one                      `restoring`
 
 None of them is in the way of a request, and what one of them cannot do now it tries again later.
 With etcd out of reach they rest: nothing is deleted or moved on old news.
@@ -14,8 +16,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -32,6 +35,9 @@ from modelfsd.storage.chunks import Chunks
 from modelfsd.storage.healing import Healer, Round
 from modelfsd.storage.renewal import Renewal
 from modelfsd.storage.replicator import Replicator
+from modelfsd.storage.restoring import Restorer
+from modelfsd.storage.scrub_rounds import ScrubRounds
+from modelfsd.storage.scrubbing import Scrubber
 from modelfsd.storage.survey import MorePins, Survey, Surveyor
 from modelfsd.storage.sweeping import Sweep, Sweeper
 from modelfsd.units import format_size
@@ -44,6 +50,7 @@ SWEEP_SECONDS_MAX = 900.0
 HEAL_SECONDS = 300.0  # between rounds while nothing happens
 HEAL_SHARE = 10  # ... but a round takes no more than this part of the time
 SETTLE_SECONDS = 1.0  # nodes rarely come alone
+FAILING_TOLD_MAX = 20  # chunks that `status` names
 RETRY_SECONDS = 5.0  # twice that, then more, after rounds that could not do everything
 
 
@@ -81,7 +88,10 @@ class UpkeepParts:
 
 
 class Upkeep:
-    """All upkeep of one node. `retained` are further manifests whose chunks must stay."""
+    """All upkeep of one node. `retained` are further manifests whose chunks must stay.
+
+    `scrub_seconds` is how long a round of scrubbing takes; 0: none are made.
+    """
 
     def __init__(
         self,
@@ -89,6 +99,7 @@ class Upkeep:
         grace_seconds: float,
         down_out_seconds: float,
         retained: tuple[MorePins, ...] = (),
+        scrub_seconds: float = 0.0,
     ) -> None:
         chunks, feed = parts.chunks, parts.feed
         self._mirror = feed.mirror
@@ -101,6 +112,10 @@ class Upkeep:
         self.renewal = Renewal(
             chunks, parts.replicator, parts.copies, parts.lost_dir, self.pins, grace_seconds
         )
+        self.restorer = Restorer(chunks, surveyor)
+        self.scrubber = Scrubber(chunks.store, self.restorer)
+        state_path = parts.lost_dir.with_name("scrub.json")
+        self.scrub_rounds = ScrubRounds(self.scrubber, state_path, scrub_seconds)
         self._up = frozenset(self._mirror.nodes)
         self._news = trio.Event()
         self._statistics = UpkeepStatistics()
@@ -113,6 +128,27 @@ class Upkeep:
     def statistics(self) -> UpkeepStatistics:
         """A snapshot."""
         return replace(self._statistics, pins=len(self._mirror.pins.get(self._node_id, ())))
+
+    def told(self) -> dict[str, Any]:
+        """All of it for `modelfs status`, with what cannot be restored."""
+        failing = self.restorer.failing()[:FAILING_TOLD_MAX]
+        return {
+            "upkeep": asdict(self.statistics()),
+            "scrub": {**self.scrub_statistics(), "every_seconds": self.scrub_rounds.round_seconds},
+            "lost_chunks": [
+                {"chunk": one.chunk.hex(), "reason": one.reason, "paths": one.paths}
+                for one in failing
+            ],
+        }
+
+    def scrub_statistics(self) -> dict[str, Any]:
+        """What scrubbing has found, and how far it is."""
+        return {
+            **asdict(self.scrub_rounds.state()),
+            **asdict(self.scrubber.counters()),
+            "restored_chunks": self.restorer.restored,
+            "lost_chunks": len(self.restorer.failing()),
+        }
 
     def on_changes(self, changes: list[Change]) -> None:
         """Take what the feed announces, after `KernelCache` has."""
@@ -133,6 +169,8 @@ class Upkeep:
             nursery.start_soon(self.renewal.run)
             nursery.start_soon(self._keep_sweeping)
             nursery.start_soon(self._keep_healing)
+            nursery.start_soon(self.restorer.run)
+            nursery.start_soon(self.scrub_rounds.run)
 
     # ------------------------------------------------------------ space
 

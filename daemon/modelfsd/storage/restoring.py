@@ -1,0 +1,168 @@
+"""Restores this node's copies that were found bad, and remembers what cannot be restored.
+
+Whoever finds a bad copy knows its name alone: the file is out of service, and what stood in it is
+not to be believed. What the chunk really is, and whether anybody needs it, the manifests say. So
+the reports of some moments are looked for in one search (`Surveyor.find`), and good copies are
+fetched from the other nodes.
+
+What could not be restored is *failing*: its files are known by their paths, `status` names them,
+and it is tried again from time to time, until a good copy turns up (a node came back), or no file
+needs the chunk any more. This happens in a task of the node, so a command that asked for it may
+go away at any moment.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+
+import trio
+
+from modelfs.errors import ModelfsError
+from modelfs.ids import ChunkId
+from modelfsd.logs import RateLimited
+from modelfsd.metadata.locating import paths_of
+from modelfsd.storage.chunks import Chunks
+from modelfsd.storage.repairer import fetch_again
+from modelfsd.storage.survey import Named, Surveyor
+
+log = logging.getLogger(__name__)
+
+SETTLE_SECONDS = 0.05  # bad copies rarely come alone
+RETRY_SECONDS = 300.0  # between two tries of what fails; also those that a healing round takes
+FAILING_MAX = 10_000  # remembered: a disk that loses more has lost everything
+PATHS_MAX = 16  # named for one chunk
+INODES_AT_ONCE = 1000  # looked at between two yields to the other tasks
+
+
+class Outcome(Enum):
+    """What became of a bad copy."""
+
+    RESTORED = "restored"
+    UNNEEDED = "unneeded"  # no file needs the chunk
+    FAILED = "failed"  # and is tried again
+
+
+@dataclass(slots=True, eq=False)
+class Restoration:
+    """One chunk to restore. `outcome` is that of the last try, and `done` is set after the first.
+
+    `paths` are files that cannot be read whole without it.
+    """
+
+    chunk: ChunkId
+    outcome: Outcome | None = None
+    reason: str = ""
+    paths: list[str] = field(default_factory=list)
+    done: trio.Event = field(default_factory=trio.Event)
+
+
+class Restorer:
+    """One node's restorations."""
+
+    def __init__(self, chunks: Chunks, surveyor: Surveyor) -> None:
+        self._chunks, self._surveyor = chunks, surveyor
+        self._waiting: dict[ChunkId, Restoration] = {}
+        self._failing: dict[ChunkId, Restoration] = {}
+        self._news = trio.Event()
+        self._quiet = RateLimited(log, 60.0)
+        self.restored = 0
+
+    def failing(self) -> list[Restoration]:
+        """The chunks of which no good copy was found, and that files need."""
+        return [one for one in self._failing.values() if one.paths]
+
+    def report(self, chunk: ChunkId) -> Restoration:
+        """The copy here was bad, and is gone. Does not wait."""
+        waiting = self._waiting.get(chunk)
+        if waiting is None:
+            waiting = self._waiting[chunk] = Restoration(chunk)
+            self._news.set()
+        return waiting
+
+    async def run(self) -> None:
+        """Restore what is reported, for ever."""
+        while True:
+            with trio.move_on_after(RETRY_SECONDS if self._failing else float("inf")):
+                await self._news.wait()
+            await trio.sleep(SETTLE_SECONDS)
+            self._news = trio.Event()
+            batch = {**self._failing, **self._waiting}
+            self._waiting = {}
+            await self._restore(batch)
+
+    async def _restore(self, batch: dict[ChunkId, Restoration]) -> None:
+        try:
+            found = await self._surveyor.find(batch)
+        except (ModelfsError, OSError) as error:
+            for one in batch.values():
+                self._end(one, Outcome.FAILED, f"it is not known who needs it: {error}")
+                one.done.set()
+            return
+        for one in batch.values():
+            named = found.named.get(one.chunk)
+            if named is not None:
+                await self._restore_one(one, named)
+            elif found.missed:
+                self._end(one, Outcome.FAILED, f"it is not known who needs it: {found.missed}")
+            else:
+                self._end(one, Outcome.UNNEEDED)
+        await self._name_files(
+            {one.chunk: named for one in batch.values() if (named := found.named.get(one.chunk))}
+        )
+        for one in batch.values():
+            if one.outcome is Outcome.FAILED and one.paths and not one.done.is_set():
+                text = "chunk %s cannot be restored, and %s needs it: %s"
+                name = one.chunk.hex()[:16]
+                self._quiet.error("failed", text, name, ", ".join(one.paths), one.reason)
+            one.done.set()
+
+    async def _restore_one(self, one: Restoration, named: Named) -> None:
+        try:
+            look = partial(self._chunks.store.has, [one.chunk], renew=False)
+            if not (await trio.to_thread.run_sync(look))[0]:
+                await fetch_again(self._chunks, named.placed, named.replicas)
+        except (ModelfsError, OSError) as error:
+            self._end(one, Outcome.FAILED, str(error))
+            return
+        self.restored += 1
+        self._end(one, Outcome.RESTORED)
+
+    def _end(self, one: Restoration, outcome: Outcome, reason: str = "") -> None:
+        one.outcome, one.reason = outcome, reason
+        if outcome is Outcome.FAILED and len(self._failing) < FAILING_MAX:
+            self._failing[one.chunk] = one
+        elif outcome is not Outcome.FAILED:
+            self._failing.pop(one.chunk, None)
+            one.paths = []
+
+    async def _name_files(self, named: dict[ChunkId, Named]) -> None:
+        """Find the paths of what could not be restored."""
+        wanted: dict[bytes, list[Restoration]] = {}
+        for chunk, says in named.items():
+            if (failing := self._failing.get(chunk)) is not None:
+                failing.paths = []
+                for manifest in says.manifests:
+                    wanted.setdefault(manifest, []).append(failing)
+        if wanted:
+            await self._look_through(wanted)
+
+    async def _look_through(self, wanted: dict[bytes, list[Restoration]]) -> None:
+        mirror = self._chunks.mirror
+        for count, ino in enumerate(mirror.inode_numbers()):
+            if count % INODES_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+            record = mirror.readable_inode(ino)
+            if record is not None and record.manifest is not None:
+                for failing in wanted.get(record.manifest.id, ()):
+                    _add(failing.paths, paths_of(mirror, ino))
+        for failings in wanted.values():
+            for failing in failings:
+                failing.paths = failing.paths or ["a version that is retained or open"]
+
+
+def _add(paths: list[str], more: Iterable[str]) -> None:
+    paths += [path for path in more if path not in paths][: PATHS_MAX - len(paths)]
