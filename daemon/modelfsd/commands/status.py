@@ -14,7 +14,7 @@ import numpy as np
 import trio
 
 from modelfs import __version__
-from modelfs.errors import ModelfsError, PeerRefused, PeerUnavailable
+from modelfs.errors import ModelfsError
 from modelfs.ids import ChunkId, InodeNumber, NodeId
 from modelfs.inode import Inode
 from modelfs.manifest import HOLE, Entries
@@ -25,6 +25,7 @@ from modelfsd.metadata.locating import find, names_of, path_text, paths_of
 from modelfsd.metadata.namespace import Namespace
 from modelfsd.storage.chunks import Chunks
 from modelfsd.storage.contents import Contents
+from modelfsd.storage.holders import ask_holders
 from modelfsd.trust.identity import Identity
 
 FILES_COUNTED_MAX = 10_000  # whose replicas `status` counts; beyond that it says "not counted"
@@ -259,9 +260,8 @@ class Status:
             except ModelfsError:
                 wanted[ChunkId(record.manifest.id)] = record.replicas + 1  # its manifest is gone
                 damaged.add(ino)
-        holders = await self.holders(list(wanted))
-        counts = [sum(have) for have in zip(*holders.values(), strict=True)]
-        copies = dict(zip(wanted, counts, strict=True))
+        holders = await ask_holders(self._chunks, list(wanted))
+        copies = dict(zip(wanted, holders.counts(), strict=True))
         if gone := {chunk for chunk, count in copies.items() if not count}:
             damaged |= await self._files_with(gone)
         paths = [path for ino in sorted(damaged) for path in paths_of(self._mirror, ino)]
@@ -286,26 +286,6 @@ class Status:
         pages = [placed.ref.id for placed in manifest.own_chunks()]
         return [ChunkId(record.manifest.id), *pages, *(ChunkId(n) for n in _names(entries) if n)]
 
-    async def holders(self, chunks: list[ChunkId]) -> dict[NodeId, list[bool]]:
-        """For each node that is up, which of the chunks it holds. A silent one holds none."""
-        answers: dict[NodeId, list[bool]] = {}
-
-        async def ask(node: NodeId) -> None:
-            try:
-                if node == self._identity.node:
-                    answers[node] = await trio.to_thread.run_sync(
-                        self._chunks.store.has, chunks, False
-                    )
-                else:
-                    answers[node] = await self._chunks.peers.has(node, chunks, False)
-            except (PeerUnavailable, PeerRefused):
-                answers[node] = [False] * len(chunks)
-
-        async with trio.open_nursery() as nursery:
-            for node in self._mirror.nodes:
-                nursery.start_soon(ask, node)
-        return dict(sorted(answers.items(), key=lambda item: self._chunks.name_of(item[0])))
-
     # ------------------------------------------------------------ info
 
     async def info(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -315,9 +295,8 @@ class Status:
         ino, record = find(self._mirror, names)
         entries = await self._contents.all_entries(record)
         chunks = [ChunkId(name) for name in _names(entries)]
-        holders = await self.holders([chunk for chunk in chunks if chunk])
+        holders = await ask_holders(self._chunks, [chunk for chunk in chunks if chunk])
         placed = [index for index, chunk in enumerate(chunks) if chunk]
-        copies = [sum(have) for have in zip(*holders.values(), strict=True)]
         return {
             "path": path_text(names),
             "ino": ino,
@@ -332,9 +311,9 @@ class Status:
             "inline": record.inline is not None,
             "nodes": [
                 self._holder(node, record, [i for i, has in zip(placed, have, strict=True) if has])
-                for node, have in holders.items()
+                for node, have in holders.answers.items()
             ],
-            "under_replicated": sum(count < record.replicas for count in copies),
+            "under_replicated": sum(count < record.replicas for count in holders.counts()),
         }
 
     def _holder(self, node: NodeId, record: Inode, held: list[int]) -> dict[str, Any]:
