@@ -12,7 +12,8 @@ Everything here is pure: no sockets, no clock, no FUSE. Read it in this order:
   `policy` (what directories hand down),
   `changes` (every change of the namespace, as one guarded transaction),
   `xattrs` (those of extended attributes), `access_times` (those of atime),
-  `reclaim` (which chunks may go), `repair` (who makes the copies that are missing)
+  `reclaim` (which chunks may go), `repair` (who makes the copies that are missing),
+  `consistency` (whether names and inodes fit each other)
 - machines: `wire` (bytes of the peer protocol)
 - seams: `ports`; and `testing`, the supported fakes and contract suites
 
