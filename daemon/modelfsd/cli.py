@@ -2,8 +2,8 @@
 
 Exit codes: 0 done; 1 it failed (the daemon did not come up, the mount is busy); 2 the command or
 the machine's set-up is wrong, and the text says what to do. A user's mistake never shows a
-traceback: `main` is the one place where an error becomes a message and an exit code. But for
-`scrub`, which has codes of its own, those of fsck(8) (`modelfsd.commands.checking`).
+traceback: `main` is the one place where an error becomes a message and an exit code. Only
+`scrub` and `fsck` have codes of their own, those of fsck(8) (`modelfsd.commands.checking`).
 """
 
 from __future__ import annotations

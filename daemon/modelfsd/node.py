@@ -31,6 +31,7 @@ from modelfsd.cluster.discovery import Discovery
 from modelfsd.cluster.membership import Membership, Self
 from modelfsd.cluster.removal import Removal
 from modelfsd.commands.control import ControlServer
+from modelfsd.commands.fsck_service import FsckService
 from modelfsd.commands.measures import Measures
 from modelfsd.commands.pages import serve_pages
 from modelfsd.commands.scrub_service import ScrubService
@@ -317,11 +318,13 @@ class Node:
         measures = Measures(self._config.name, *counting, self._pusher, self._group, self._upkeep)
         pages = {"/metrics": measures.page}
         scrubs = ScrubService(self._config.name, self._upkeep.scrubber, self._upkeep.scrub_rounds)
+        replicator, restorer = self._writer.replicator, self._upkeep.restorer
+        checks = FsckService(mountpoint, self._namespace, self._store, replicator, restorer)
         control = ControlServer(
             self._config.control_path,
             {**handlers, **measures.handlers()},
             pages,
-            {"scrub": scrubs.scrub},
+            {"scrub": scrubs.scrub, "fsck": checks.fsck},
         )
         self._mount.open()
         try:

@@ -26,7 +26,7 @@ import pytest
 from modelfs import stripe
 from modelfs.limits import CHUNK_BYTES_DEFAULT
 from modelfsd import mounts
-from modelfsd.commands.control import call
+from modelfsd.commands.control import call, call_long
 from modelfsd.lab import processes as lab_processes
 from modelfsd.lab.cluster import Lab
 from modelfsd.lab.state import LabNode
@@ -134,6 +134,14 @@ def run(*command: str | Path, seconds: float = CHILD_SECONDS) -> str:
 def ask(node: LabNode, command: str, **arguments: object) -> dict[str, Any]:
     """Ask a daemon through its admin socket."""
     return call(node.control_path, command, CHILD_SECONDS, **arguments)
+
+
+def ask_long(
+    node: LabNode, command: str, **arguments: object
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Have a daemon carry out a command that takes long; returns its answer, and its news."""
+    *news, (_, answer) = call_long(node.control_path, command, CHILD_SECONDS, **arguments)
+    return answer, [told for _, told in news]
 
 
 def requests(node: LabNode) -> dict[str, int]:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from modelfs.limits import KIB
+from modelfsd.commands.checking import scrub_code
 from modelfsd.lab.cluster import Lab
 from modelfsd.lab.state import LabNode
 from tests.mount.mount_parts import (
@@ -25,28 +26,22 @@ from tests.mount.mount_parts import (
     MIB,
     Dirs,
     ask,
+    ask_long,
     chunk_files,
     chunk_names,
     flip,
     forget_pages,
+    run,
     wait_until,
 )
 
 pytestmark = pytest.mark.fuse
 
 
-def scrub(node: LabNode, *words: str) -> tuple[int, dict[str, Any]]:
-    """Run the command; returns its exit code and its answer."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "modelfsd", "scrub", str(node.mount), "--json", *words],
-        capture_output=True,
-        text=True,
-        timeout=CHILD_SECONDS,
-        cwd="/",
-        check=False,
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, json.loads(done.stdout) if done.stdout else {}
+def scrub(node: LabNode) -> tuple[int, dict[str, Any]]:
+    """What the command asks the daemon: its exit code, and the answer."""
+    answer, _ = ask_long(node, "scrub")
+    return scrub_code(answer), answer
 
 
 @pytest.mark.expected_logs("was damaged on")
@@ -60,8 +55,8 @@ def test_flipped_bits_are_found_and_repaired(lab: Lab, dirs: Dirs, rng: Random) 
     good = {path: path.read_bytes() for path in ours}
     for path in ours:
         flip(path, rng.randrange(path.stat().st_size))
-    code, answer = scrub(node)
-    assert code == 0
+    words = [sys.executable, "-P", "-m", "modelfsd", "scrub", str(node.mount), "--json"]
+    answer = json.loads(run(*words))
     assert answer["bad_chunks"] == answer["repaired_chunks"] == len(ours)
     assert answer["unrepaired"] == []
     assert answer["chunks"] >= len(held)

@@ -34,6 +34,7 @@ from modelfsd.printing import complain, plain, plain_answer
 from modelfsd.units import format_duration, format_size, parse_size
 
 EXIT_CLEAN, EXIT_MENDED, EXIT_LEFT, EXIT_FAILED = 0, 1, 4, 8
+RANGES_SHOWN_MAX = 8
 SILENCE_SECONDS = 60.0  # the daemon tells of its progress every second, unless its disk hangs
 
 Answer = dict[str, Any]
@@ -119,8 +120,13 @@ def scrub(
         print(json.dumps(answer, indent=2))
     else:
         show.console().print(scrub_view(answer))
+    raise typer.Exit(scrub_code(answer))
+
+
+def scrub_code(answer: Answer) -> int:
+    """The exit code of a scrub that came to its end."""
     is_well = not (answer["unrepaired_chunks"] or answer["unreadable_chunks"])
-    raise typer.Exit(EXIT_CLEAN if is_well else EXIT_LEFT)
+    return EXIT_CLEAN if is_well else EXIT_LEFT
 
 
 def _show(line: ProgressLine, news: Answer) -> None:
@@ -157,6 +163,95 @@ def scrub_view(answer: Answer) -> RenderableType:
     return Text("\n".join(lines))
 
 
+# ---------------------------------------------------------------- fsck
+
+
+def fsck(
+    mountpoint: Mountpoint = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make missing copies, and mend what is no guess.")
+    ] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Read every copy on every node too: takes long.")
+    ] = False,
+    as_json: AsJson = False,
+    state_dir: StateDir = None,
+) -> None:
+    """Check the whole cluster: names, inodes, and the copies of every chunk of every version."""
+    findings: list[Answer] = []
+    try:
+        control = _choose(mountpoint, state_dir)
+        with ProgressLine("fsck") as line:
+
+            def hear(news: Answer) -> None:
+                if (finding := news.get("finding")) is None:
+                    _show_check(line, news.get("progress") or {})
+                elif as_json:
+                    findings.append(finding)
+                else:
+                    line.print(finding_view(finding))
+
+            answer = carry_out(control, "fsck", hear, repair=repair, data=data)
+    except UserError as error:
+        complain("modelfs", error)
+        raise typer.Exit(EXIT_FAILED) from error
+    if as_json:
+        print(json.dumps({**answer, "findings": findings}, indent=2))
+    else:
+        show.console().print(fsck_view(answer))
+    raise typer.Exit(fsck_code(answer))
+
+
+def fsck_code(answer: Answer) -> int:
+    """The exit code of a check that came to its end."""
+    if answer["nodes_silent"]:
+        return EXIT_FAILED
+    if answer["left"]:
+        return EXIT_LEFT
+    return EXIT_MENDED if answer["mended"] else EXIT_CLEAN
+
+
+def _show_check(line: ProgressLine, progress: Answer) -> None:
+    with suppress(KeyError):
+        wrong = progress["mended"] + progress["left"]
+        text = f"{progress['versions']:,} versions, {progress['chunks']:,} chunks, {wrong:,} wrong"
+        line.show(progress["inodes"], progress["total_inodes"], text)
+
+
+def finding_view(finding: Answer) -> RenderableType:
+    """One thing that is wrong: a line for each path."""
+    finding = plain_answer(finding)
+    version = finding.get("version", "current")
+    text = finding["text"] if version == "current" else f"{version}: {finding['text']}"
+    ranges = [f"{start}-{end - 1}" for start, end in finding.get("ranges", [])[:RANGES_SHOWN_MAX]]
+    if ranges:
+        more = finding.get("range_count", len(ranges)) - len(ranges)
+        text += f"; bytes {', '.join(ranges)}" + (f" and {more} more ranges" if more else "")
+    mended = "mended: " if finding["mended"] else ""
+    lines = [f"{path}: {mended}{text}" for path in finding["paths"]] or [f"{mended}{text}"]
+    return Text("\n".join(lines), style="green" if mended else "red")
+
+
+def fsck_view(answer: Answer) -> RenderableType:
+    """What `modelfs fsck` says at last."""
+    answer = plain_answer(answer)
+    lines = [
+        f"checked {answer['inodes']:,} inodes and {answer['names']:,} names, "
+        f"{answer['versions']:,} versions with {answer['chunks']:,} chunks "
+        f"({format_size(answer['bytes'])}) in {format_duration(answer['seconds'])}"
+    ]
+    if answer["nodes_down"]:
+        lines.append(f"down, and their copies not counted: {', '.join(answer['nodes_down'])}")
+    for node, reason in answer["nodes_silent"].items():
+        lines.append(f"NOT complete: {node} did not answer: {reason}")
+    if answer["mended"] or answer["left"]:
+        lines.append(f"{answer['mended']:,} mended, {answer['left']:,} left")
+    else:
+        lines.append("clean")
+    return Text("\n".join(lines))
+
+
 def add_commands(app: typer.Typer) -> None:
     """Make them part of the `modelfs` command."""
     app.command()(scrub)
+    app.command()(fsck)
