@@ -6,58 +6,33 @@ Three nodes over memory stores; where the disk itself matters, over a real `Disk
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from modelfs.chunk import ChunkRef, describe
-from modelfs.errors import ChunkMissing, UserError
-from modelfs.ids import ChunkId, NodeId
+from modelfs.errors import ChunkMissing, ChunkUnavailable
+from modelfs.ids import ChunkId
 from modelfs.limits import KIB, MIB
 from modelfs.ports import HeldChunk, Holding
-from modelfsd.commands.scrub_service import ScrubService
 from modelfsd.storage.chunk_tree import DAMAGED_FILES_MAX
 from modelfsd.storage.disk import DiskChunkStore
 from modelfsd.storage.restoring import RETRY_SECONDS, Outcome
-from modelfsd.storage.scrub_rounds import (
-    RoundsState,
-    ScrubRounds,
-    position_of,
-    read_state,
-    write_state,
-)
 from modelfsd.storage.scrubbing import Scrubber, Tour
 from modelfsd.storage.upkeep import Upkeep
-from tests.daemon.upkeep_parts import Kept, kept_cluster, make
+from tests.daemon.scrub_parts import on, scrubbed_cluster
+from tests.daemon.upkeep_parts import make
 
-ROUND = 1000.0
 FAILS = "cannot be restored|fails its checksum|has a damaged copy"
-
-
-@asynccontextmanager
-async def scrubbed_cluster(directory: Path) -> AsyncIterator[Kept]:
-    """Three nodes that restore what is bad."""
-    async with kept_cluster(3, directory) as kept, trio.open_nursery() as nursery:
-        for upkeep in kept.upkeep.values():
-            nursery.start_soon(upkeep.restorer.run)
-        yield kept
-        nursery.cancel_scope.cancel()
 
 
 async def tour_of(upkeep: Upkeep) -> Tour:
     tour = await upkeep.scrubber.start()
     await upkeep.scrubber.walk(tour)
     return tour
-
-
-def on(kept: Kept, id: NodeId) -> list[ChunkId]:
-    return [chunk for chunk, holders in kept.copies().items() if id in holders]
 
 
 async def test_a_clean_store_has_nothing_bad(tmp_path: Path, rng: Random) -> None:
@@ -133,6 +108,35 @@ async def test_a_failure_is_forgotten_when_no_file_needs_the_chunk(
         await kept.nodes[0].write_file(b"f", b"")
         await trio.sleep(RETRY_SECONDS + 1)
         assert not kept.upkeep[id].restorer.failing()
+
+
+@pytest.mark.expected_logs(FAILS)
+async def test_what_a_read_finds_nowhere_is_known_too(
+    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
+) -> None:
+    async with scrubbed_cluster(tmp_path) as kept:
+        reader, data = kept.nodes[0], rng.randbytes(200 * KIB)
+        await make(reader, b"f", data)
+        record = (await reader.look_up(b"f")).record
+        assert record.manifest is not None
+        chunk = ChunkId(record.manifest.id)
+        holders = kept.copies()[chunk]
+        root_ref = record.manifest.placed.ref
+        root = bytes(kept.cluster.stores[min(holders)].read(root_ref, 0, root_ref.length))
+        for id in holders:
+            kept.cluster.stores[id].lose(chunk)
+        reader.contents.drop()
+        for _ in range(3):
+            with pytest.raises(ChunkUnavailable):
+                await reader.contents.read(record, 0, 100)
+        await trio.sleep(1)
+        (failed,) = kept.upkeep[reader.id].restorer.failing()
+        assert (failed.chunk, failed.paths) == (chunk, ["/f"])
+        ref, table = describe(root)
+        kept.cluster.stores[max(holders)].put(ref, table, root, Holding.OWNED)
+        await trio.sleep(RETRY_SECONDS + 1)
+        assert not kept.upkeep[reader.id].restorer.failing()
+        assert await reader.read_file(b"f") == data
 
 
 async def test_garbage_and_cached_copies_are_put_away_without_fuss(
@@ -259,121 +263,3 @@ async def test_a_tour_does_not_change_which_cached_chunk_goes_first(
             put(store, rng.randbytes(size), Holding.CACHED)
             there = [file_of(root, ref, Holding.CACHED).exists() for ref in refs]
             assert there == [number > index for number in range(4)]
-
-
-# ---------------------------------------------------------------- pace
-
-
-async def test_a_tour_keeps_below_its_rate(
-    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
-) -> None:
-    async with scrubbed_cluster(tmp_path) as kept:
-        await make(kept.nodes[0], b"f", rng.randbytes(4 * MIB), replicas=3)
-        upkeep = kept.upkeep[kept.cluster.ids[0]]
-        tour = await upkeep.scrubber.start()
-        started = trio.current_time()
-        await upkeep.scrubber.walk(tour, 100 * KIB)
-        assert trio.current_time() - started == pytest.approx(tour.bytes / (100 * KIB), rel=0.01)
-
-
-@pytest.mark.parametrize("rate", [1, -1, "50MiB", None, 1.5])
-async def test_a_rate_that_makes_no_sense_is_refused(tmp_path: Path, rate: object) -> None:
-    async with scrubbed_cluster(tmp_path) as kept:
-        service = ScrubService(
-            "n1", kept.upkeep[kept.cluster.ids[0]].scrubber, rounds_of(kept, tmp_path / "s")
-        )
-        listener: Any = None
-        with pytest.raises(UserError, match="is not a rate"):
-            await service.scrub({"rate": rate}, listener)
-
-
-def rounds_of(kept: Kept, path: Path) -> ScrubRounds:
-    return ScrubRounds(kept.upkeep[kept.cluster.ids[0]].scrubber, path, ROUND)
-
-
-async def test_a_round_looks_at_every_copy_once_and_evenly(
-    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
-) -> None:
-    async with scrubbed_cluster(tmp_path) as kept, trio.open_nursery() as nursery:
-        await make(kept.nodes[0], b"f", rng.randbytes(4 * MIB), replicas=3)
-        rounds, scrubber = (
-            rounds_of(kept, tmp_path / "s"),
-            kept.upkeep[kept.cluster.ids[0]].scrubber,
-        )
-        held = on(kept, kept.cluster.ids[0])
-        nursery.start_soon(rounds.run)
-        for part in range(1, 10):
-            await trio.sleep(ROUND / 10)
-            due = sum(position_of(chunk) < part / 10 for chunk in held)
-            assert abs(scrubber.counters().chunks - due) <= 1
-            assert rounds.state().position == pytest.approx(part / 10, abs=0.02)
-        await trio.sleep(ROUND / 10 + 1)
-        assert scrubber.counters().chunks == len(held)
-        assert rounds.state().completed_at > 0
-        assert rounds.state().position < 0.1
-        await trio.sleep(ROUND)
-        assert scrubber.counters().chunks == 2 * len(held)
-        nursery.cancel_scope.cancel()
-
-
-async def test_a_round_goes_on_where_the_daemon_was_stopped(
-    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
-) -> None:
-    async with scrubbed_cluster(tmp_path) as kept:
-        await make(kept.nodes[0], b"f", rng.randbytes(4 * MIB), replicas=3)
-        scrubber = kept.upkeep[kept.cluster.ids[0]].scrubber
-        held = on(kept, kept.cluster.ids[0])
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(rounds_of(kept, tmp_path / "s").run)
-            await trio.sleep(0.7 * ROUND)
-            nursery.cancel_scope.cancel()
-        seen = scrubber.counters().chunks
-        await trio.sleep(3 * ROUND)  # down for long
-        again = rounds_of(kept, tmp_path / "s")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(again.run)
-            await trio.sleep(0.65 * ROUND)  # the file is 300 s old at most
-            nursery.cancel_scope.cancel()
-        assert again.state().completed_at > 0
-        repeated = scrubber.counters().chunks - len(held)
-        assert 0 <= repeated <= seen
-
-
-async def test_a_tour_by_command_counts_as_a_round(
-    tmp_path: Path, virtual_time: trio.testing.MockClock
-) -> None:
-    async with scrubbed_cluster(tmp_path) as kept, trio.open_nursery() as nursery:
-        rounds = rounds_of(kept, tmp_path / "s")
-        nursery.start_soon(rounds.run)
-        await trio.sleep(ROUND / 2)
-        rounds.completed()
-        await trio.sleep(ROUND / 4)
-        assert rounds.state().position <= 0.26
-        await trio.sleep(ROUND / 2)
-        assert 0.7 < rounds.state().position <= 0.76
-        nursery.cancel_scope.cancel()
-
-
-async def test_without_a_period_nothing_is_done(
-    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
-) -> None:
-    async with scrubbed_cluster(tmp_path) as kept:
-        await make(kept.nodes[0], b"f", rng.randbytes(MIB), replicas=3)
-        scrubber = kept.upkeep[kept.cluster.ids[0]].scrubber
-        await ScrubRounds(scrubber, tmp_path / "s", 0.0).run()
-        assert scrubber.counters().chunks == 0
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", '{"position": 2, "completed_at": 0}', '{"position": NaN}', "\x00" * 9000],
-)
-def test_a_state_file_that_makes_no_sense_is_no_state(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "scrub.json"
-    assert read_state(path) == RoundsState()
-    path.write_text(text)
-    assert read_state(path) == RoundsState()
-    write_state(path, RoundsState(0.25, 1e9))
-    assert read_state(path) == RoundsState(0.25, 1e9)
-    assert os.listdir(tmp_path) == ["scrub.json"]
-    assert path.stat().st_mode & 0o777 == 0o600

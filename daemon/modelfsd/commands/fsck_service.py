@@ -68,11 +68,12 @@ class FsckService:
             if not await self._namespace.fresh():
                 raise MetadataUnavailable("etcd is out of reach: nothing can be said for sure")
             recopier = Recopier(self._replicator) if repair else None
-            restorer = self._restorer if data else None
             started = trio.current_time()
             mender = Mender(self._namespace) if repair else None
             check = _Check(self._namespace, self._store, listener, mender)
-            copies = CopyCheck(self._replicator.chunks, recopier, restorer, check.note_version)
+            copies = CopyCheck(
+                self._replicator.chunks, self._restorer, recopier, data, check.note_version
+            )
             listener.progress = lambda: _progress(check, copies)
             check.copies = copies
             await check.run()

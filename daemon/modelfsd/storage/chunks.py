@@ -53,8 +53,15 @@ class ChunkCounters:
     corrupt: int
 
 
+def _forget(chunk: ChunkId) -> None:
+    """Nobody wants to know which chunks are on no node."""
+
+
 class Chunks:
-    """Reads chunks. `damaged` is told of local copies that fail, to repair them."""
+    """Reads chunks. `damaged` is told of local copies that fail, to repair them.
+
+    `on_unavailable` is told of chunks of which every node has said that it has no good copy.
+    """
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class Chunks:
         self.node_id, self.mirror, self.store, self.peers = node_id, mirror, store, peers
         self._damaged = damaged
         self._start = run_in_background
+        self.on_unavailable: Callable[[ChunkId], object] = _forget
         self._fetched_once: OrderedDict[ChunkId, None] = OrderedDict()
         self._orders: dict[tuple[Epoch, ChunkId, int], tuple[NodeId, ...]] = {}
         self._caching = trio.CapacityLimiter(1)
@@ -188,6 +196,8 @@ class Chunks:
             if not silent:
                 break
         reasons = {**silent, **hopeless}
+        if not silent:
+            self.on_unavailable(placed.ref.id)
         told = "; ".join(f"{self.name_of(node)}: {why}" for node, why in reasons.items())
         raise ChunkUnavailable(placed.ref.id, told or "no other node is known")
 

@@ -12,6 +12,7 @@ looks wrong is looked at again, after pauses, and only as long as somebody still
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,13 +23,13 @@ import trio
 from modelfs import manifest
 from modelfs.errors import ChunkMissing, ChunkUnavailable, CorruptChunk, ModelfsError
 from modelfs.extents import Extents
-from modelfs.ids import ChunkId, NodeId
+from modelfs.ids import ChunkId, Epoch, NodeId
 from modelfs.inode import Pin
 from modelfs.limits import HAS_CHUNKS_MAX, PEER_PATIENCE_SECONDS
 from modelfs.manifest import PAGE_ENTRIES, Entries, Manifest, PlacedChunk, placed_chunk
 from modelfs.stripe import span
 from modelfsd.storage.chunks import Chunks
-from modelfsd.storage.holders import ask_holders
+from modelfsd.storage.holders import ask_nodes
 from modelfsd.storage.recopying import Lacking, Recopier
 from modelfsd.storage.restoring import Restorer
 
@@ -87,12 +88,17 @@ class CopyCheck:
     def __init__(
         self,
         chunks: Chunks,
+        restorer: Restorer,
         recopier: Recopier | None,
-        restorer: Restorer | None,
+        read_all: bool,
         done: Callable[[Version], Awaitable[None]],
     ) -> None:
-        """With a `recopier`, missing copies are made. With a `restorer`, all copies are read."""
-        self._chunks, self._recopier, self._restorer, self._done = chunks, recopier, restorer, done
+        """With a `recopier`, missing copies are made. `read_all`: every copy is read.
+
+        The `restorer` is told of bad copies here, and of chunks that no node has.
+        """
+        self._chunks, self._restorer, self._recopier, self._done = chunks, restorer, recopier, done
+        self._read_all = read_all
         self._batch: list[Piece] = []
         self.versions = self.chunks = self.bytes = 0
         self.silent: dict[NodeId, str] = {}  # nodes that did not answer, and why
@@ -182,8 +188,8 @@ class CopyCheck:
         if not batch:
             return
         lacking = await self._ask(batch)
-        if self._restorer is not None:
-            await self._read_copies(batch, self._restorer)
+        if self._read_all:
+            await self._read_copies(batch)
             lacking = [piece for piece in batch if piece.is_lacking or piece.was_bad]
         for pause_seconds in LOOK_AGAIN_SECONDS:
             if not any(piece.is_lacking for piece in lacking):
@@ -200,16 +206,57 @@ class CopyCheck:
             await self._finish_if_through(version)
 
     async def _ask(self, pieces: list[Piece]) -> list[Piece]:
-        """Note who has the chunks; returns the pieces of which there are too few copies."""
-        ids = list(dict.fromkeys(piece.placed.ref.id for piece in pieces))
-        if not ids:
-            return []
-        found = await ask_holders(self._chunks, ids)
-        self.silent.update(found.silent)
-        places = {chunk: index for index, chunk in enumerate(ids)}
+        """Note who has the chunks; returns the pieces of which there are too few copies.
+
+        First those are asked who should have a chunk, then, where copies are lacking, all others.
+        """
+        up = {*self._chunks.mirror.nodes, self._chunks.node_id}
         for piece in pieces:
-            piece.holders = frozenset(found.of(places[piece.placed.ref.id]))
-            piece.wanted = max(1, min(piece.version.pin.replicas, len(found.living)))
+            piece.holders = frozenset()
+        await self._ask_about(self._expected(pieces, up))
+        lacking = self._lacking(pieces, up)
+        if lacking:
+            await self._ask_about([(piece, tuple(up)) for piece in lacking])
+        return self._lacking(lacking, up)
+
+    def _expected(
+        self, pieces: list[Piece], up: set[NodeId]
+    ) -> list[tuple[Piece, tuple[NodeId, ...]]]:
+        """Which nodes should have each chunk, by the map that has placed it."""
+        mirror, kinds = self._chunks.mirror, defaultdict[tuple[Epoch, int], list[Piece]](list)
+        for piece in pieces:
+            kinds[piece.placed.epoch, max(1, piece.version.pin.replicas)].append(piece)
+        expected = []
+        for (epoch, replicas), some in kinds.items():
+            by = mirror.maps.get(epoch) or mirror.latest_map
+            assert by is not None
+            names = [*(member.id for member in by.members), NodeId("")]  # -1: no such member
+            ids = np.frombuffer(b"".join(piece.placed.ref.id for piece in some), np.uint8)
+            rows = by.place_many(ids.reshape(-1, 32), replicas).tolist()
+            for piece, row in zip(some, rows, strict=True):
+                nodes = (names[index] for index in row)
+                expected.append((piece, tuple(node for node in nodes if node in up)))
+        return expected
+
+    async def _ask_about(self, pieces: list[tuple[Piece, tuple[NodeId, ...]]]) -> None:
+        """Ask these nodes for these chunks; whoever has one is noted as a holder."""
+        questions: dict[NodeId, list[ChunkId]] = {}
+        asked: dict[NodeId, list[Piece]] = {}
+        for piece, nodes in pieces:
+            for node in nodes:
+                questions.setdefault(node, []).append(piece.placed.ref.id)
+                asked.setdefault(node, []).append(piece)
+        found = await ask_nodes(self._chunks, questions)
+        self.silent.update(found.silent)
+        for node, answers in found.answers.items():
+            for piece, is_there in zip(asked[node], answers, strict=True):
+                if is_there:
+                    piece.holders |= {node}
+
+    def _lacking(self, pieces: list[Piece], up: set[NodeId]) -> list[Piece]:
+        living = len(up - self.silent.keys())
+        for piece in pieces:
+            piece.wanted = max(1, min(piece.version.pin.replicas, living))
         return [piece for piece in pieces if piece.is_lacking]
 
     async def _still_needed(self, pieces: list[Piece]) -> list[Piece]:
@@ -218,7 +265,7 @@ class CopyCheck:
             needed[version] = await version.still_matters()
         return [piece for piece in pieces if needed[piece.version]]
 
-    async def _read_copies(self, batch: list[Piece], restorer: Restorer) -> None:
+    async def _read_copies(self, batch: list[Piece]) -> None:
         """Verify every copy, each once. Whoever has a bad one puts it aside and fetches another."""
         by_chunk: dict[ChunkId, list[Piece]] = {}
         for piece in batch:
@@ -229,7 +276,7 @@ class CopyCheck:
 
         async def work() -> None:
             for same, node in copies:
-                if not await self._is_good(same[0].placed, node, restorer):
+                if not await self._is_good(same[0].placed, node):
                     for piece in same:
                         piece.was_bad = True
                         piece.holders -= {node}
@@ -238,14 +285,14 @@ class CopyCheck:
             for _ in range(COPIES_READ_AT_ONCE):
                 nursery.start_soon(work)
 
-    async def _is_good(self, placed: PlacedChunk, node: NodeId, restorer: Restorer) -> bool:
+    async def _is_good(self, placed: PlacedChunk, node: NodeId) -> bool:
         """Whether a node's copy is good. One that cannot be had now is left to the next look."""
         chunks, ref = self._chunks, placed.ref
         try:
             if node == chunks.node_id:
                 is_good = await trio.to_thread.run_sync(partial(chunks.store.verify, ref.id))
                 if not is_good:
-                    await restorer.report(ref.id).done.wait()
+                    await self._restorer.report(ref.id).done.wait()
                 return is_good
             await chunks.peers.fetch(node, ref, 0, ref.length, PEER_PATIENCE_SECONDS)
         except CorruptChunk:
@@ -282,6 +329,7 @@ class CopyCheck:
                 reason = reason or f"{count} of {piece.wanted} copies"
             else:
                 damage, reason = version.lost, self._why_lost()
+                self._restorer.note_unavailable(piece.placed.ref.id)
             _note(damage, piece.start, piece.end, reason)
 
     def _why_lost(self) -> str:

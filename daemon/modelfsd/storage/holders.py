@@ -1,8 +1,8 @@
-"""Who holds which chunks: asks every node that is up, this one included."""
+"""Who holds which chunks: asks the nodes that are up, this one included."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -23,21 +23,20 @@ class Holders:
         """How many nodes have each chunk."""
         return [sum(have) for have in zip(*self.answers.values(), strict=True)]
 
-    def of(self, index: int) -> set[NodeId]:
-        """The nodes that have one chunk."""
-        return {node for node, have in self.answers.items() if have[index]}
-
-    @property
-    def living(self) -> set[NodeId]:
-        """The nodes that answered."""
-        return self.answers.keys() - self.silent.keys()
-
 
 async def ask_holders(chunks: Chunks, ids: Sequence[ChunkId]) -> Holders:
-    """Ask all nodes at once."""
+    """Ask all nodes about all of these chunks."""
+    found = await ask_nodes(chunks, dict.fromkeys({*chunks.mirror.nodes, chunks.node_id}, ids))
+    by_name = sorted(found.answers.items(), key=lambda item: chunks.name_of(item[0]))
+    found.answers = dict(by_name)
+    return found
+
+
+async def ask_nodes(chunks: Chunks, questions: Mapping[NodeId, Sequence[ChunkId]]) -> Holders:
+    """Ask each of these nodes about the chunks that go with it, all at once."""
     found = Holders()
 
-    async def ask(node: NodeId) -> None:
+    async def ask(node: NodeId, ids: Sequence[ChunkId]) -> None:
         try:
             if node == chunks.node_id:
                 answer = await trio.to_thread.run_sync(chunks.store.has, ids, False)
@@ -52,8 +51,6 @@ async def ask_holders(chunks: Chunks, ids: Sequence[ChunkId]) -> Holders:
         found.answers[node] = answer
 
     async with trio.open_nursery() as nursery:
-        for node in {*chunks.mirror.nodes, chunks.node_id}:
-            nursery.start_soon(ask, node)
-    by_name = sorted(found.answers.items(), key=lambda item: chunks.name_of(item[0]))
-    found.answers = dict(by_name)
+        for node, ids in questions.items():
+            nursery.start_soon(ask, node, ids)
     return found

@@ -1,9 +1,12 @@
-"""Restores this node's copies that were found bad, and remembers what cannot be restored.
+"""Restores copies that were found bad, or nowhere, and remembers what cannot be restored.
 
 Whoever finds a bad copy knows its name alone: the file is out of service, and what stood in it is
 not to be believed. What the chunk really is, and whether anybody needs it, the manifests say. So
 the reports of some moments are looked for in one search (`Surveyor.find`), and good copies are
 fetched from the other nodes.
+
+A chunk that a read, or a check, has found on no node at all is reported too (`note_unavailable`).
+If it turns up later it is fetched here; should that copy be surplus, healing takes it away again.
 
 What could not be restored is *failing*: its files are known by their paths, `status` names them,
 and it is tried again from time to time, until a good copy turns up (a node came back), or no file
@@ -67,6 +70,8 @@ class Restorer:
         self._chunks, self._surveyor = chunks, surveyor
         self._waiting: dict[ChunkId, Restoration] = {}
         self._failing: dict[ChunkId, Restoration] = {}
+        self._trying: dict[ChunkId, Restoration] = {}
+        self._unneeded_at: dict[ChunkId, float] = {}  # when a search has found that
         self._news = trio.Event()
         self._quiet = RateLimited(log, 60.0)
         self.restored = 0
@@ -83,6 +88,13 @@ class Restorer:
             self._news.set()
         return waiting
 
+    def note_unavailable(self, chunk: ChunkId) -> None:
+        """No node that answers has a good copy. Does nothing if that is known."""
+        if any(chunk in known for known in (self._failing, self._waiting, self._trying)):
+            return
+        if trio.current_time() - self._unneeded_at.get(chunk, float("-inf")) > RETRY_SECONDS:
+            self.report(chunk)
+
     async def run(self) -> None:
         """Restore what is reported, for ever."""
         while True:
@@ -90,9 +102,9 @@ class Restorer:
                 await self._news.wait()
             await trio.sleep(SETTLE_SECONDS)
             self._news = trio.Event()
-            batch = {**self._failing, **self._waiting}
-            self._waiting = {}
-            await self._restore(batch)
+            self._trying, self._waiting = {**self._failing, **self._waiting}, {}
+            await self._restore(self._trying)
+            self._trying = {}
 
     async def _restore(self, batch: dict[ChunkId, Restoration]) -> None:
         try:
@@ -110,6 +122,9 @@ class Restorer:
                 self._end(one, Outcome.FAILED, f"it is not known who needs it: {found.missed}")
             else:
                 self._end(one, Outcome.UNNEEDED)
+                if len(self._unneeded_at) >= FAILING_MAX:
+                    self._unneeded_at.clear()
+                self._unneeded_at[one.chunk] = trio.current_time()
         await self._name_files(
             {one.chunk: named for one in batch.values() if (named := found.named.get(one.chunk))}
         )

@@ -155,6 +155,8 @@ class Surveyor:
                 if name in read:
                     self._known.add(name, read[name])
                 references = read.get(name, self._known.get(name))
+                if references is None and name in wanted:  # the very chunk that cannot be read
+                    found.note(pin.manifest.placed, pin)
                 if references is not None and np.isin(references["key"], keys_wanted).any():
                     try:
                         await self._name(pin, wanted, found)

@@ -113,6 +113,7 @@ class Upkeep:
             chunks, parts.replicator, parts.copies, parts.lost_dir, self.pins, grace_seconds
         )
         self.restorer = Restorer(chunks, surveyor)
+        chunks.on_unavailable = self.restorer.note_unavailable
         self.scrubber = Scrubber(chunks.store, self.restorer)
         state_path = parts.lost_dir.with_name("scrub.json")
         self.scrub_rounds = ScrubRounds(self.scrubber, state_path, scrub_seconds)
