@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -103,13 +104,21 @@ async def test_a_round_goes_on_where_the_daemon_was_stopped(
 
 
 async def test_a_tour_by_command_counts_as_a_round(
-    tmp_path: Path, virtual_time: trio.testing.MockClock
+    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
 ) -> None:
     async with scrubbed_cluster(tmp_path) as kept, trio.open_nursery() as nursery:
+        await make(kept.nodes[0], b"f", rng.randbytes(MIB), replicas=3)
         rounds = rounds_of(kept, tmp_path / "s")
+        scrubber = kept.upkeep[kept.cluster.ids[0]].scrubber
         nursery.start_soon(rounds.run)
         await trio.sleep(ROUND / 2)
-        rounds.completed()
+        listener: Any = SimpleNamespace(progress=None)
+        answer = await ScrubService("n1", scrubber, rounds).scrub({"rate": 0}, listener)
+        assert answer["chunks"] == scrubber.store.usage().owned_chunks
+        assert answer["chunks"] == listener.progress()["chunks"]
+        assert not any(answer[key] for key in answer if key.endswith("ed_chunks"))
+        assert read_state(tmp_path / "s").completed_at > 0
+        assert read_state(tmp_path / "s").position == 0
         await trio.sleep(ROUND / 4)
         assert rounds.state().position <= 0.26
         await trio.sleep(ROUND / 2)

@@ -39,6 +39,7 @@ class ScrubService:
             listener.progress = lambda: _progress(tour)
             await self._scrubber.walk(tour, rate or float("inf"))
             self._rounds.completed()
+            await self._rounds.save()
             seconds = trio.current_time() - started
             return {"node": self._name, "seconds": seconds, **_result(tour)}
 

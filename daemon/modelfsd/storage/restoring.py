@@ -17,7 +17,6 @@ go away at any moment.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -25,7 +24,8 @@ from functools import partial
 import trio
 
 from modelfs.errors import ModelfsError
-from modelfs.ids import ChunkId
+from modelfs.ids import ChunkId, InodeNumber
+from modelfs.mirror import Mirror
 from modelfsd.logs import RateLimited
 from modelfsd.metadata.locating import paths_of
 from modelfsd.storage.chunks import Chunks
@@ -53,14 +53,28 @@ class Outcome(Enum):
 class Restoration:
     """One chunk to restore. `outcome` is that of the last try, and `done` is set after the first.
 
-    `paths` are files that cannot be read whole without it.
+    `manifests` name it, if it could not be restored; `files` are the inodes that have one of them.
     """
 
     chunk: ChunkId
+    mirror: Mirror = field(repr=False)
     outcome: Outcome | None = None
     reason: str = ""
-    paths: list[str] = field(default_factory=list)
+    manifests: frozenset[bytes] = frozenset()
+    files: list[InodeNumber] = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def paths(self) -> list[str]:
+        """What cannot be read whole without it, as it is called now."""
+        records = [(ino, self.mirror.readable_inode(ino)) for ino in self.files]
+        current = [
+            ino
+            for ino, record in records
+            if record is not None and record.manifest and record.manifest.id in self.manifests
+        ]
+        found = [path for ino in current for path in paths_of(self.mirror, ino)]
+        return found[:PATHS_MAX] or (["(a retained or open version)"] if self.manifests else [])
 
 
 class Restorer:
@@ -78,13 +92,13 @@ class Restorer:
 
     def failing(self) -> list[Restoration]:
         """The chunks of which no good copy was found, and that files need."""
-        return [one for one in self._failing.values() if one.paths]
+        return [one for one in self._failing.values() if one.manifests]
 
     def report(self, chunk: ChunkId) -> Restoration:
         """The copy here was bad, and is gone. Does not wait."""
         waiting = self._waiting.get(chunk)
         if waiting is None:
-            waiting = self._waiting[chunk] = Restoration(chunk)
+            waiting = self._waiting[chunk] = Restoration(chunk, self._chunks.mirror)
             self._news.set()
         return waiting
 
@@ -128,8 +142,11 @@ class Restorer:
         await self._name_files(
             {one.chunk: named for one in batch.values() if (named := found.named.get(one.chunk))}
         )
+        count = sum(one.outcome is Outcome.RESTORED for one in batch.values())
+        if count:
+            log.info("restored %d chunks of which copies were bad", count)
         for one in batch.values():
-            if one.outcome is Outcome.FAILED and one.paths and not one.done.is_set():
+            if one.outcome is Outcome.FAILED and one.manifests and not one.done.is_set():
                 text = "chunk %s cannot be restored, and %s needs it: %s"
                 name = one.chunk.hex()[:16]
                 self._quiet.error("failed", text, name, ", ".join(one.paths), one.reason)
@@ -152,20 +169,19 @@ class Restorer:
             self._failing[one.chunk] = one
         elif outcome is not Outcome.FAILED:
             self._failing.pop(one.chunk, None)
-            one.paths = []
+            one.manifests, one.files = frozenset(), []
 
     async def _name_files(self, named: dict[ChunkId, Named]) -> None:
-        """Find the paths of what could not be restored."""
+        """Find the files of what could not be restored, unless they are known from the last try."""
         wanted: dict[bytes, list[Restoration]] = {}
         for chunk, says in named.items():
-            if (failing := self._failing.get(chunk)) is not None:
-                failing.paths = []
-                for manifest in says.manifests:
+            failing, manifests = self._failing.get(chunk), frozenset(says.manifests)
+            if failing is not None and failing.manifests != manifests:
+                failing.manifests, failing.files = manifests, []
+                for manifest in manifests:
                     wanted.setdefault(manifest, []).append(failing)
-        if wanted:
-            await self._look_through(wanted)
-
-    async def _look_through(self, wanted: dict[bytes, list[Restoration]]) -> None:
+        if not wanted:
+            return
         mirror = self._chunks.mirror
         for count, ino in enumerate(mirror.inode_numbers()):
             if count % INODES_AT_ONCE == 0:
@@ -173,11 +189,5 @@ class Restorer:
             record = mirror.readable_inode(ino)
             if record is not None and record.manifest is not None:
                 for failing in wanted.get(record.manifest.id, ()):
-                    _add(failing.paths, paths_of(mirror, ino))
-        for failings in wanted.values():
-            for failing in failings:
-                failing.paths = failing.paths or ["a version that is retained or open"]
-
-
-def _add(paths: list[str], more: Iterable[str]) -> None:
-    paths += [path for path in more if path not in paths][: PATHS_MAX - len(paths)]
+                    if len(failing.files) < PATHS_MAX:
+                        failing.files.append(ino)

@@ -81,7 +81,7 @@ class ScrubRounds:
             if turn == self._turn and await self._wait_for(1.0, turn):
                 log.info("a round of scrubbing is complete: %s", self._scrubber.counters())
                 self.completed()
-            await self._save()
+            await self.save()
 
     def _begin(self, position: float) -> None:
         self._position = position
@@ -117,11 +117,12 @@ class ScrubRounds:
             if now >= due:
                 return True
             if now - self._saved_at >= SAVE_SECONDS:
-                await self._save()
+                await self.save()
             await trio.sleep_until(min(due, now + SAVE_SECONDS))
         return False
 
-    async def _save(self) -> None:
+    async def save(self) -> None:
+        """Write down where the round is, for the next start."""
         self._saved_at = trio.current_time()
         try:
             await trio.to_thread.run_sync(write_state, self._path, self.state())
