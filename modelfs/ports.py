@@ -7,7 +7,7 @@ is called on worker threads, since all that it does is move bytes with the GIL r
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -258,7 +258,14 @@ class ChunkStore(Protocol):
         """Read a chunk whole and check it against its own table, checksum and BLAKE3 name.
 
         False if it is damaged; the store does not have it any more then, so that a good copy can
-        be put in its place. Raises `ChunkMissing`. Does not count as a use of a CACHED copy.
+        be put in its place. What was OWNED may be put aside, and is kept at least until then: it
+        may be all that is left. Raises `ChunkMissing`. Does not count as a use of a CACHED copy.
+        """
+        ...
+
+    def tidy_damaged(self, unneeded: Collection[ChunkId]) -> None:
+        """Remove what `verify` has put aside of these chunks, which nobody needs, and most of what
+        has been replaced by good copies since.
         """
         ...
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -143,6 +143,9 @@ class MemoryChunkStore:
             if self._copies.get(chunk) is copy:
                 del self._copies[chunk]
         return False
+
+    def tidy_damaged(self, unneeded: Collection[ChunkId]) -> None:
+        """See `ChunkStore.tidy_damaged`. Nothing is put aside."""
 
     def delete(self, chunk: ChunkId, unless_put_since: float | None = None) -> bool:
         """See `ChunkStore.delete`."""

@@ -197,7 +197,9 @@ def test_a_chunk_under_another_name_is_damaged(root: Path, store: DiskChunkStore
 
 
 @pytest.mark.expected_logs("was damaged")
-def test_the_quarantine_is_bounded_and_keeps_the_newest(root: Path, store: DiskChunkStore) -> None:
+def test_the_quarantine_keeps_the_newest_and_what_nothing_has_replaced(
+    root: Path, store: DiskChunkStore
+) -> None:
     count = chunk_tree.DAMAGED_FILES_MAX + 5
     for seed in range(count):
         ref, table, data = make(1000, seed)
@@ -206,11 +208,20 @@ def test_the_quarantine_is_bounded_and_keeps_the_newest(root: Path, store: DiskC
             file.write(bytes([data[0] ^ 1]))
         assert not store.verify(ref.id)
         os.utime(root / "damaged" / ref.id.hex(), (seed, seed))
-    kept = {path.name for path in files_below(root / "damaged")}
-    assert len(kept) == chunk_tree.DAMAGED_FILES_MAX
-    assert make(1000, count - 1)[0].id.hex() in kept
     usage = store.usage()
     assert (usage.owned_bytes, usage.owned_chunks) == (0, 0)
+    store.tidy_damaged([])
+    assert len(files_below(root / "damaged")) == count  # each may be all that is left
+    store.tidy_damaged([make(1000, count - 1)[0].id])
+    assert len(files_below(root / "damaged")) == count - 1
+    for seed in range(count):
+        store.put(*make(1000, seed), Holding.OWNED)
+    store.tidy_damaged([])
+    kept = {path.name for path in files_below(root / "damaged")}
+    assert kept == {
+        make(1000, seed)[0].id.hex()
+        for seed in range(count - 1 - chunk_tree.DAMAGED_FILES_MAX, count - 1)
+    }
 
 
 def test_a_bad_cached_copy_is_removed_not_kept(root: Path, store: DiskChunkStore) -> None:

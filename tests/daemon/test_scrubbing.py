@@ -18,7 +18,6 @@ from modelfs.errors import ChunkMissing, ChunkUnavailable
 from modelfs.ids import ChunkId
 from modelfs.limits import KIB, MIB
 from modelfs.ports import HeldChunk, Holding
-from modelfsd.storage.chunk_tree import DAMAGED_FILES_MAX
 from modelfsd.storage.disk import DiskChunkStore
 from modelfsd.storage.restoring import RETRY_SECONDS, Outcome
 from modelfsd.storage.scrubbing import Scrubber, Tour
@@ -244,7 +243,7 @@ async def test_a_file_that_differs_in_any_way_is_found(tmp_path: Path, rng: Rand
         assert tour.chunks == 2 * len(spoilt)
         assert store.has(sorted(spoilt), renew=False) == [False] * len(spoilt)
         assert store.usage().owned_chunks == len(spoilt)
-        assert len(os.listdir(root / "damaged")) == DAMAGED_FILES_MAX
+        assert set(os.listdir(root / "damaged")) == {chunk.hex() for chunk in spoilt}
 
 
 async def test_a_tour_does_not_change_which_cached_chunk_goes_first(

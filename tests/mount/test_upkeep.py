@@ -15,10 +15,22 @@ import pytest
 
 from modelfsd.lab.cluster import Lab
 from modelfsd.lab.state import LabNode
-from tests.mount.mount_parts import MIB, ask, forget_pages, make_whole, pattern, wait_until
+from tests.mount.mount_parts import (
+    MIB,
+    ask,
+    chunk_files,
+    chunk_names,
+    flip,
+    forget_pages,
+    make_whole,
+    pattern,
+    wait_until,
+)
 
 GRACE_SECONDS = 2
-SETTINGS = f'reclaim_grace = "{GRACE_SECONDS}s"\ndown_out = "3s"\nretain = "0s"\n'
+SETTINGS = (
+    f'reclaim_grace = "{GRACE_SECONDS}s"\ndown_out = "3s"\nretain = "0s"\nscrub_every = "4s"\n'
+)
 SWEEPS = 9  # more than two graces
 
 Held = dict[str, int]
@@ -168,3 +180,23 @@ def test_a_dead_node_is_replaced_and_gets_its_chunks_back(lab: Lab) -> None:
     wait_until(lambda: held(lab) == home, "everything at home again")
     assert ask(first, "status")["chunks_under_replicated"] == 0
     assert (third.mount / "f").read_bytes() == data
+
+
+def test_what_rots_and_is_never_read_is_put_right(lab: Lab) -> None:
+    first, second, _ = lab.nodes
+    data = random_bytes(20 * MIB, 7)
+    (first.mount / "f").write_bytes(data)
+    held = chunk_files(second)
+    ours = [held[name] for name in chunk_names(data) if name in held]
+    good = {path: path.read_bytes() for path in ours}
+    for path in ours:
+        flip(path, 1000)
+
+    def is_right() -> bool:
+        return all(path.exists() and path.read_bytes() == good[path] for path in ours)
+
+    wait_until(is_right, "the scrub in the background")
+    assert ask(second, "status")["scrub"]["bad_chunks"] >= len(ours) > 0
+    (first.mount / "f").unlink()  # whose chunks go, while scrubs go on
+    wait_until(lambda: ask(second, "status")["scrub"]["completed_at"] > 0, "a whole round")
+    assert ask(second, "status")["scrub"]["lost_chunks"] == 0

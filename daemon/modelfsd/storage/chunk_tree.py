@@ -76,7 +76,10 @@ def clear_incoming(root: str) -> None:
 
 
 def trim_damaged(root: str) -> None:
-    """Keep the newest few of the bad copies. Calls at the same time do no harm."""
+    """Keep the newest few of the bad copies. Calls at the same time do no harm.
+
+    One that no good copy has replaced is kept too: it may be all that is left of a file's bytes.
+    """
     entries: list[tuple[float, int, str]] = []
     with os.scandir(f"{root}/damaged") as found:
         for entry in found:
@@ -86,6 +89,9 @@ def trim_damaged(root: str) -> None:
     total = 0
     for rank, (_, size, path) in enumerate(sorted(entries, reverse=True)):
         total += size
-        if rank >= DAMAGED_FILES_MAX or total > DAMAGED_BYTES_MAX:
+        if rank < DAMAGED_FILES_MAX and total <= DAMAGED_BYTES_MAX:
+            continue
+        name = os.path.basename(path)
+        if status_of(f"{root}/{Holding.OWNED.value}/{name[:2]}/{name[2:]}") is not None:
             with suppress(FileNotFoundError):
                 os.unlink(path)

@@ -3,7 +3,8 @@
     owned/<2 hex>/<62 hex>     replicas and hand-offs: fsynced, deleted by reclaim only
     cached/<2 hex>/<62 hex>    conveniences: evicted least recently used, never fsynced
     incoming/                  files under construction; cleared at start
-    damaged/                   bad copies that `verify` took out of service; a bounded few
+    damaged/                   bad copies that `verify` took out of service: a bounded few, and all
+                               that have not been replaced by good ones yet
 
 A file appears under its final name only by a rename of a complete one, so after a killed process
 there are whole files and leftovers in incoming/, and nothing between. After a power failure the
@@ -22,7 +23,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -209,6 +210,13 @@ class DiskChunkStore:
         log.warning("chunk %s was damaged on %s and is out of service", chunk.hex(), self.where)
         chunk_tree.trim_damaged(self._root)
         return False
+
+    def tidy_damaged(self, unneeded: Collection[ChunkId]) -> None:
+        """See `ChunkStore.tidy_damaged`."""
+        for chunk in unneeded:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self._root}/damaged/{chunk.hex()}")
+        chunk_tree.trim_damaged(self._root)
 
     def drop_cached(self) -> int:
         """Remove every cached chunk; returns how many bytes that freed."""

@@ -17,6 +17,7 @@ go away at any moment.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -142,6 +143,9 @@ class Restorer:
         await self._name_files(
             {one.chunk: named for one in batch.values() if (named := found.named.get(one.chunk))}
         )
+        unneeded = [one.chunk for one in batch.values() if one.outcome is Outcome.UNNEEDED]
+        with suppress(OSError):  # the next batch tidies up
+            await trio.to_thread.run_sync(self._chunks.store.tidy_damaged, unneeded)
         count = sum(one.outcome is Outcome.RESTORED for one in batch.values())
         if count:
             log.info("restored %d chunks of which copies were bad", count)
