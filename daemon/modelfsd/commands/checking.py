@@ -148,8 +148,8 @@ def scrub_view(answer: Answer) -> RenderableType:
     ]
     for key, text in (
         ("repaired_chunks", "repaired from other nodes"),
-        ("dropped_chunks", "cached copies, dropped"),
-        ("unneeded_chunks", "put aside, no file needs them"),
+        ("dropped_chunks", "dropped from the cache"),
+        ("unneeded_chunks", "put aside, needed by no file"),
         ("unrepaired_chunks", "NOT repaired: there is no good copy within reach"),
         ("unreadable_chunks", "NOT looked at: the disk fails"),
     ):
