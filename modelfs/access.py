@@ -7,12 +7,15 @@ read, within bounds, so what is fetched in vain is bounded too; a request that c
 is part of a stride (see `strides`) or random, and random ones get no readahead.
 
 What is read ahead may be put into the kernel's pages before it is asked for, and then is never
-asked for. So a stream goes on wherever it is next heard of within what was ordered for it.
+asked for. So a stream goes on wherever it is next heard of within what was ordered for it. But
+whoever reads ahead leaves out some pages, the *marks*, and who reads on asks for each of them in
+turn: who is heard of far behind one that he did not ask for has jumped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 from modelfs.limits import KIB, MIB
 from modelfs.strides import Run, Stride, StridePattern
@@ -27,16 +30,31 @@ WINDOW_BYTES_MIN = 4 * MIB  # of those; others may be short runs, which end soon
 
 @dataclass(slots=True, eq=False)
 class Stream(Run):
-    """One reader's way through a file. `ordered_end` is for who reads ahead to keep."""
+    """One reader's way through a file. `ordered_end` and `marks` are kept by who reads ahead."""
 
     window: int  # how far ahead of `end` to fetch; 0 while this is not believed to be a stream
     ordered_end: int  # one past the furthest byte that is here or on its way
     steps: int = 0
+    marks: deque[int] = field(default_factory=deque)  # offsets not asked for yet, ascending
 
     @property
     def goal(self) -> int:
         """The offset up to which to read ahead."""
         return self.end + self.window
+
+    def goes_on_at(self, offset: int) -> bool:
+        """Whether this is where the stream may next be heard of."""
+        reach = max(self.end, self.ordered_end) + SKIP_BYTES
+        if self.marks:
+            reach = min(reach, self.marks[0] + SKIP_BYTES)
+        return self.end - SLACK_BYTES <= offset <= reach
+
+    def advance(self, end: int) -> None:
+        """The reader has asked for everything before `end`."""
+        self.end = end
+        self.steps += 1
+        while self.marks and self.marks[0] < end:
+            self.marks.popleft()
 
 
 class AccessPattern:
@@ -62,8 +80,7 @@ class AccessPattern:
             del self._streams[:-STREAMS_MAX]
             self._strides.begin(offset, self._streams)
         elif end > stream.end:
-            stream.end = end
-            stream.steps += 1
+            stream.advance(end)
             if stream.window or stream.steps >= STEPS_MIN:
                 least = WINDOW_BYTES_MIN if stream.begin <= START_BYTES else SKIP_BYTES
                 wanted = max(least, 2 * (end - stream.begin))
@@ -72,8 +89,7 @@ class AccessPattern:
 
     def _matching(self, offset: int) -> Stream | None:
         for stream in reversed(self._streams):
-            reach = max(stream.end, stream.ordered_end) + SKIP_BYTES
-            if stream.end - SLACK_BYTES <= offset <= reach:
+            if stream.goes_on_at(offset):
                 self._streams.remove(stream)
                 self._streams.append(stream)
                 return stream

@@ -41,6 +41,19 @@ def test_a_stream_goes_on_wherever_it_is_next_heard_of_within_what_was_ordered()
     assert pattern.observe(32 * MIB + 2 * SKIP_BYTES, MIB) is None
 
 
+def test_who_jumps_over_a_mark_is_another_stream() -> None:
+    pattern = AccessPattern(64 * MIB)
+    stream = pattern.observe(0, MIB)
+    assert isinstance(stream, Stream)
+    stream.ordered_end = 32 * MIB
+    stream.marks.extend([4 * MIB, 16 * MIB])
+    assert pattern.observe(4 * MIB + SKIP_BYTES + KIB, MIB) is None
+    assert pattern.observe(4 * MIB, 128 * KIB) is stream
+    assert pattern.observe(16 * MIB, 128 * KIB) is stream
+    assert not stream.marks
+    assert pattern.observe(31 * MIB, MIB) is stream
+
+
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True))
 def test_jumps_about_are_not_read_ahead_of(places: list[int]) -> None:
     pattern = AccessPattern(64 * MIB)

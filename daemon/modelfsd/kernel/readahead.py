@@ -49,7 +49,11 @@ class Readahead:
         if start < stream.goal:
             spacing = max(WINDOW_BYTES_MIN, stream.window // MARKS_PER_WINDOW)
             arrived = partial(self._arrived, inode, record, stream, spacing)
-            stream.ordered_end = self._contents.read_ahead(record, start, stream.goal, arrived)
+            ordered_end = self._contents.read_ahead(record, start, stream.goal, arrived)
+            first = -(-max(start, stream.end) // record.chunk_bytes) * record.chunk_bytes
+            begins = range(first, ordered_end, record.chunk_bytes)
+            stream.marks.extend(begin for begin in begins if _is_mark(record, begin, spacing))
+            stream.ordered_end = ordered_end
 
     def _foretell(self, inode: KernelInode, stride: Stride) -> None:
         """Fetch the next runs of a stride."""
@@ -80,9 +84,9 @@ class Readahead:
         data: memoryview,
     ) -> None:
         """A chunk has come: push what lies before the reader."""
-        is_marked = begin % spacing < len(data)
         asked_end = -(-stream.end // PAGE_BYTES) * PAGE_BYTES
-        start = max(begin + (MARK_BYTES if is_marked else 0), asked_end)
+        mark_bytes = MARK_BYTES if _is_mark(record, begin, spacing) else 0
+        start = max(begin + mark_bytes, asked_end)
         end = min(begin + len(data), record.size)
         if end < record.size:
             end -= end % PAGE_BYTES
@@ -94,3 +98,8 @@ class Readahead:
     def _pushed(self, use: FileUse, chunk: ChunkId, taken_bytes: int) -> None:
         use.pushed_bytes += taken_bytes
         self._contents.note_read(chunk, taken_bytes)
+
+
+def _is_mark(record: Inode, begin: int, spacing: int) -> bool:
+    """Whether the first pages of the chunk that begins here are left out."""
+    return begin % spacing < record.chunk_bytes
