@@ -79,6 +79,8 @@ class AccessPattern:
             self._streams.append(stream)
             del self._streams[:-STREAMS_MAX]
             self._strides.begin(offset, self._streams)
+        elif not stream.window and offset <= stream.begin:  # a run that is read again
+            self._strides.begin(offset, self._streams)
         elif end > stream.end:
             stream.advance(end)
             if stream.window or stream.steps >= STEPS_MIN:

@@ -2,7 +2,8 @@
 
 One column of a matrix, one expert of each layer, every eighth shard. Its runs continue no stream,
 so without this each would be fetched only when it is asked for. Three equal steps make a stride.
-Then as many runs are foretold as have been read, so what is fetched in vain is bounded.
+Then as many runs are foretold as have been read, so what is fetched in vain is bounded. Who comes
+back to any of its runs is expected to read on from there.
 
 As with streams, pages that were pushed are never asked for. So every `MARK_EVERY`th run is to be
 left without its first page: the request that this costs says how far the reader is.
@@ -40,7 +41,8 @@ class Stride:
     step: float
     samples: Sequence[Run]  # the runs that it was inferred from
     length: int = 0  # of a run, in bytes; 0 while this is not believed
-    seen: int = STEPS_MIN - 1  # the number of the furthest run asked for
+    seen: int = STEPS_MIN - 1  # the number of the furthest run asked for, since the last restart
+    hits: int = STEPS_MIN - 1  # runs that were asked for where they had been expected
     ordered: int = 0  # runs before this number are not to be ordered any more
     runs: dict[int, Run] = field(default_factory=dict)  # the last ones, by number
 
@@ -49,24 +51,31 @@ class Stride:
         return round(self.first + number * self.step)
 
     def number_at(self, offset: int) -> int | None:
-        """Which run an offset lies in; None if in none that could be next."""
+        """Which run an offset lies in, if in one."""
         nearest = (offset + STRAY_BYTES - self.first) / self.step
         number = math.floor(nearest) if self.step > 0 else math.ceil(nearest)
         within = offset - self.begin(number)
-        is_next = self.seen - MARK_EVERY <= number <= max(self.ordered, self.seen + 1)
         is_inside = -STRAY_BYTES <= within < max(self.length, STRAY_BYTES + 1)
-        return number if is_next and is_inside else None
+        return number if is_inside and number >= 0 else None
+
+    def is_next(self, number: int) -> bool:
+        """Whether a run could be heard of next, by a reader who goes on."""
+        return self.seen - MARK_EVERY <= number <= max(self.ordered, self.seen + 1)
 
     def take(self, number: int, offset: int, size: int) -> None:
         """Take a request of a run."""
         if not self.length:
             longest = max(sample.end - sample.begin for sample in self.samples)
             self.length = max(longest, size)
+        elif not self.is_next(number):  # he begins again, or elsewhere
+            self.seen, self.ordered = number, 0
+            self.runs.clear()
         begin = self.begin(number)
         run = self.runs.setdefault(number, Run(begin, begin))
         run.end = max(run.end, offset + size)
         if number > self.seen:
             self.seen = number
+            self.hits += 1
             if abs(offset - begin) <= STRAY_BYTES:
                 self.step = (offset - self.first) / number
             for passed in [known for known in self.runs if known < number - MARK_EVERY]:
@@ -74,7 +83,7 @@ class Stride:
 
     def ahead(self, file_bytes: int, bytes_max: int) -> Iterator[tuple[Run, bool]]:
         """(run, whether it is to be a mark) of those to fetch now that were not ordered before."""
-        count = min(AHEAD_MAX, self.seen, max(1, bytes_max // self.length))
+        count = min(AHEAD_MAX, self.hits, max(1, bytes_max // self.length))
         for number in range(max(self.ordered, self.seen + 1), self.seen + 1 + count):
             begin = self.begin(number)
             if not 0 <= begin < file_bytes:
@@ -94,7 +103,7 @@ class StridePattern:
         """Take one request. Returns the stride that it belongs to, if there is one."""
         for stride in self._strides:
             number = stride.number_at(offset)
-            if number is None or (not stride.length and number < STEPS_MIN):
+            if number is None or (not stride.length and number != STEPS_MIN):
                 continue
             stride.take(number, offset, size)
             if 2 * stride.length > abs(stride.step):  # that is a stream with gaps

@@ -156,3 +156,23 @@ def test_who_begins_again_and_again_at_the_same_place_is_no_stride() -> None:
     for _ in range(5):
         for begin in range(FIRST, FIRST + 16 * MIB, MIB):
             assert not isinstance(pattern.observe(begin, MIB), Stride)
+
+
+def test_who_begins_a_stride_anew_is_known_again() -> None:
+    pattern = AccessPattern(64 * MIB)
+    begins = [FIRST + number * STEP for number in range(20)]
+    for begin in begins:
+        pattern.observe(begin, 128 * KIB)
+    again = pattern.observe(begins[0], 128 * KIB)
+    assert isinstance(again, Stride)
+    told = [run.begin for run, _ in again.ahead(1 << 50, GIB)]
+    assert told[:19] == begins[1:]
+
+
+def test_a_stride_is_found_among_runs_that_were_read_before_in_another_order() -> None:
+    pattern = AccessPattern(64 * MIB)
+    begins = [FIRST + number * STEP for number in range(STEPS_MIN + 1)]
+    for begin in (begins[2], begins[0], begins[3], begins[1]):
+        assert not isinstance(pattern.observe(begin, 4 * KIB), Stride)
+    found = [pattern.observe(begin, 4 * KIB) for begin in begins]
+    assert isinstance(found[-1], Stride)

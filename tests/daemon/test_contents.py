@@ -80,6 +80,45 @@ async def test_many_readers_of_one_chunk_share_one_fetch(
         assert list(fetches.count.values()) == [1]
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_who_asks_for_what_is_expected_of_him_waits_for_it(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch, is_lost: bool
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node, data = await a_remote_file(cluster, rng.randbytes(50 * KIB))
+        record = (await node.look_up(b"f")).record
+        await node.contents.manifest(record)
+        fetches = Fetches(cluster, monkeypatch)
+        fetches.gate = trio.Event()
+        arrived, found = [], []
+        start, end = 8 * KIB, 16 * KIB
+
+        def take(begin: int, piece: memoryview) -> None:
+            arrived.append((begin, bytes(piece)))
+
+        async def read(offset: int, size: int) -> None:
+            try:
+                found.append(bytes(await node.contents.read(record, offset, size)))
+            except ChunkUnavailable:
+                found.append(b"")
+
+        node.contents.read_run_ahead(record, start, end, take)
+        async with trio.open_nursery() as nursery:
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(read, start, 4 * KIB)
+            nursery.start_soon(read, end - 1000, 1000)
+            await trio.testing.wait_all_tasks_blocked()
+            assert list(fetches.count.values()) == [1]
+            if is_lost:  # then each asks for himself, and hears why
+                for chunk, _ in list(cluster.stores[cluster.ids[1]].owned()):
+                    cluster.stores[cluster.ids[1]].lose(chunk)
+            fetches.gate.set()
+        await trio.testing.wait_all_tasks_blocked()
+        pieces = [data[start : start + 4 * KIB], data[end - 1000 : end]]
+        assert sorted(found) == ([b"", b""] if is_lost else sorted(pieces))
+        assert arrived == ([] if is_lost else [(start, data[start:end])])
+
+
 @pytest.mark.parametrize("budget_chunks", [1, 3])
 async def test_readahead_and_readers_stay_within_the_memory(
     tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch, budget_chunks: int

@@ -59,16 +59,24 @@ class Readahead:
         """Fetch the next runs of a stride."""
         record = inode.record
         for run, is_mark in stride.ahead(record.size, self._contents.window_bytes_max):
-            start = run.begin - run.begin % PAGE_BYTES + is_mark * PAGE_BYTES
+            start = run.begin - run.begin % PAGE_BYTES
             end = min(-(-(run.begin + stride.length) // PAGE_BYTES) * PAGE_BYTES, record.size)
-            arrived = partial(self._run_arrived, inode, record, run)
+            arrived = partial(self._run_arrived, inode, record, run, is_mark * PAGE_BYTES)
             self._contents.read_run_ahead(record, start, end, arrived)
 
     def _run_arrived(
-        self, inode: KernelInode, record: Inode, run: Run, begin: int, data: memoryview
+        self,
+        inode: KernelInode,
+        record: Inode,
+        run: Run,
+        mark_bytes: int,
+        begin: int,
+        data: memoryview,
     ) -> None:
-        finished = partial(self._run_pushed, current_use())
-        self._pusher.offer(Push(inode, record, run, begin, data, finished))
+        if len(data) > mark_bytes:
+            finished = partial(self._run_pushed, current_use())
+            piece = data[mark_bytes:]
+            self._pusher.offer(Push(inode, record, run, begin + mark_bytes, piece, finished))
 
     def _run_pushed(self, use: FileUse, taken_bytes: int) -> None:
         use.pushed_bytes += taken_bytes
