@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         Path(root, "owner").write_text(f"{os.getpid()} {fields[19]}\n")
         config.add_cleanup(partial(_remove, Path(root)))
-    os.environ["MODELFS_RUN_DIR"] = f"{root}/run"
+    os.environ["MODELFS_RUN_DIR"] = f"{root}/run-{os.getpid()}"  # another may run beside this
     for name in [name for name in os.environ if name.startswith("MODELFS_")]:
         if name not in (ROOT_VARIABLE, SEED_VARIABLE, "MODELFS_RUN_DIR"):
             del os.environ[name]  # the settings of whoever runs the tests
