@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -143,22 +145,33 @@ for round in range(2):
 """
 
 
+@pytest.mark.expected_logs("cannot be committed", "flush fails with Input/output error")
 @pytest.mark.parametrize("places", [(0, 0), (0, 1)], ids=["one node", "two nodes"])
 def test_two_processes_that_fill_one_cache_at_once_leave_it_whole(
     dirs: Dirs, tmp_path: Path, places: tuple[int, int]
 ) -> None:
-    """Locks do not reach from node to node: there, whichever blob is renamed last stays."""
+    """Locks do not reach from node to node: there, whichever blob is renamed last stays.
+
+    Who had opened a partial file when the other node completed it cannot write it any more (G5).
+    He hears so, or that its name is gone, and finds everything when he begins again.
+    """
     root = str(Path(__file__).parents[3])
-    children = [
-        start_child(
+
+    def start(number: int) -> subprocess.Popen[str]:
+        return start_child(
             DOWNLOADER,
-            cache=dirs[place] / "hub",
+            cache=dirs[places[number]] / "hub",
             local=tmp_path / str(number),
             paths=[root, f"{root}/daemon"],
         )
-        for number, place in enumerate(places)
-    ]
-    assert [finish_child(child, 180).errno for child in children] == [0, 0]
+
+    children = [start(number) for number in range(len(places))]
+    ends = [finish_child(child, 180).errno for child in children]
+    if places == (0, 1):
+        again = [number for number, end in enumerate(ends) if end in (errno.EIO, errno.ENOENT)]
+        for number in again:
+            ends[number] = finish_child(start(number), 180).errno
+    assert ends == [0, 0]
     snapshot = Path("hub/models--test--tiny/snapshots") / COMMIT
     assert_same_model(dirs[2] / snapshot, tiny_model())
     for path in (dirs[2] / "hub/models--test--tiny/blobs").iterdir():
