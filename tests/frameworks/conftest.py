@@ -5,7 +5,7 @@ with what went in. The tests of `heavy/` need large packages (the extra `framewo
 collected only with `--frameworks`, and then a missing package is an error, not a skip.
 
 `dirs` is a fresh directory through the mounts of n1, n2 and n3. A WARNING or worse in a daemon's
-log fails the test that used it.
+log fails the test that used it, unless the test expects it (`expected_logs`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from modelfsd.lab.cluster import Lab
+from tests.daemon_logs import watched
 from tests.mount.mount_parts import Dirs
 
 NODES = 3
@@ -49,23 +50,11 @@ def lab(test_root: Path) -> Iterator[Lab]:
 
 
 @pytest.fixture
-def dirs(lab: Lab) -> Iterator[Dirs]:
+def dirs(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Dirs]:
     """A fresh directory through n1, n2 and n3."""
-    starts = [node.log_path.stat().st_size for node in lab.nodes]
     name = f"frameworks-{next(_numbers)}"
     first, second, third = (node.mount / name for node in lab.nodes)
-    first.mkdir()
-    yield first, second, third
-    shutil.rmtree(first)
-    complaints = []
-    for node, start in zip(lab.nodes, starts, strict=True):
-        with node.log_path.open(errors="replace") as log:
-            log.seek(start)
-            lines = log.read().splitlines()
-        complaints += [
-            f"{node.name}: {line}"
-            for line in lines
-            if " WARNING " in line or " ERROR " in line or line.startswith("    |")
-        ]
-    if complaints:
-        pytest.fail("unexpected in the daemons' logs:\n" + "\n".join(complaints), pytrace=False)
+    with watched(lab, request):
+        first.mkdir()
+        yield first, second, third
+        shutil.rmtree(first)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from modelfsd.lab.cluster import Lab
+from tests.daemon_logs import watched
 from tests.mount.mount_parts import BIG_BYTES, Dirs, make_whole
 
 NODES = 3
@@ -90,22 +90,8 @@ def fault_lab(test_root: Path) -> Iterator[Lab]:
 @pytest.fixture
 def dirs(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Dirs]:
     """A fresh directory through n1, n2 and n3."""
-    starts = [node.log_path.stat().st_size for node in lab.nodes]
-    yield from _fresh_directory(lab)
-    expected = [text for mark in request.node.iter_markers("expected_logs") for text in mark.args]
-    surprises = []
-    for node, start in zip(lab.nodes, starts, strict=True):
-        with node.log_path.open(errors="replace") as log:
-            log.seek(start)
-            lines = log.read().splitlines()
-        surprises += [
-            f"{node.name}: {line}"
-            for line in lines
-            if (" WARNING " in line or " ERROR " in line or line.startswith("    |"))
-            and not any(re.search(text, line) for text in expected)
-        ]
-    if surprises:
-        pytest.fail("unexpected in the daemons' logs:\n" + "\n".join(surprises), pytrace=False)
+    with watched(lab, request):
+        yield from _fresh_directory(lab)
 
 
 @pytest.fixture
