@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from modelfs import stripe
 from modelfs.limits import KIB, MIB
 from modelfs.strides import Run, Stride, StridePattern
 
@@ -49,12 +50,25 @@ class Stream(Run):
             reach = min(reach, self.marks[0] + SKIP_BYTES)
         return self.end - SLACK_BYTES <= offset <= reach
 
+    def order(self, chunk_bytes: int, start: int, end: int, spacing: int) -> None:
+        """[start, end) is on its way, with a mark every `spacing` bytes or a little more."""
+        for begin, _ in stripe.spans(chunk_bytes, max(start, self.end), end):
+            if is_mark(chunk_bytes, begin, spacing):
+                self.marks.append(begin)
+        self.ordered_end = end
+
     def advance(self, end: int) -> None:
         """The reader has asked for everything before `end`."""
         self.end = end
         self.steps += 1
         while self.marks and self.marks[0] < end:
             self.marks.popleft()
+
+
+def is_mark(chunk_bytes: int, begin: int, spacing: int) -> bool:
+    """Whether the first pages of the chunk that begins here are to be left out."""
+    _, size = stripe.span(chunk_bytes, stripe.locate(chunk_bytes, begin)[0])
+    return begin % spacing < size
 
 
 class AccessPattern:

@@ -83,6 +83,15 @@ def chunk_count(chunk_bytes: int, file_bytes: int) -> int:
     return locate(chunk_bytes, file_bytes - 1)[0] + 1 if file_bytes else 0
 
 
+def spans(chunk_bytes: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(file offset, size) of the chunks that begin in [start, end)."""
+    index, within = locate(chunk_bytes, start)
+    index += within > 0
+    while (found := span(chunk_bytes, index))[0] < end:
+        yield found
+        index += 1
+
+
 def cut(chunk_bytes: int, offset: int, size: int) -> Iterator[ChunkRange]:
     """Cut a file range at chunk borders, in order."""
     end = offset + size

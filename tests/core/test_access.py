@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelfs.access import SKIP_BYTES, SLACK_BYTES, STEPS_MIN, STREAMS_MAX, AccessPattern, Stream
+from modelfs import stripe
+from modelfs.access import (
+    SKIP_BYTES,
+    SLACK_BYTES,
+    STEPS_MIN,
+    STREAMS_MAX,
+    AccessPattern,
+    Stream,
+    is_mark,
+)
 from modelfs.limits import GIB, KIB, MIB
 
 
@@ -52,6 +62,31 @@ def test_who_jumps_over_a_mark_is_another_stream() -> None:
     assert pattern.observe(16 * MIB, 128 * KIB) is stream
     assert not stream.marks
     assert pattern.observe(31 * MIB, MIB) is stream
+
+
+@pytest.mark.parametrize("first", [0, 4 * MIB, 16 * GIB - 8 * MIB, 256 * GIB - 8 * MIB])
+def test_who_reads_on_and_is_heard_of_at_marks_alone_is_one_stream(first: int) -> None:
+    """Also over the borders of tiers, where chunks become larger than marks are apart."""
+    pattern, chunk_bytes, spacing = AccessPattern(64 * MIB), 4 * MIB, 4 * MIB
+    stream, pushed_end, offset = None, 0, first
+    while offset < first + 512 * MIB:
+        begin = offset - stripe.locate(chunk_bytes, offset)[1]
+        is_asked = offset >= pushed_end
+        if offset == begin and is_mark(chunk_bytes, begin, spacing):
+            is_asked = True
+        if is_asked:
+            found = pattern.observe(offset, 128 * KIB)
+            if isinstance(found, Stream):
+                assert found is (stream or found)
+                stream = found
+                start = max(found.ordered_end, offset)
+                if start < found.goal:
+                    index = stripe.locate(chunk_bytes, found.goal - 1)[0]
+                    end = sum(stripe.span(chunk_bytes, index))
+                    found.order(chunk_bytes, start, end, spacing)
+                    pushed_end = end
+        offset += 128 * KIB
+    assert stream is not None and stream.window == 64 * MIB
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=60, unique=True))

@@ -75,3 +75,13 @@ def test_the_largest_file_has_about_a_million_chunks() -> None:
     assert stripe.chunk_count(4 * MIB, FILE_BYTES_MAX) < 1.2e6
     assert stripe.chunk_count(4 * MIB, TIB) < 40_000
     assert stripe.chunk_count(4 * MIB, 0) == 0
+
+
+@given(chunk_sizes, offsets, st.integers(0, 200 * MIB))
+def test_spans_are_those_of_the_chunks_that_begin_there(
+    chunk_bytes: int, start: int, size: int
+) -> None:
+    size = min(size, 100 * chunk_bytes)
+    found = list(stripe.spans(chunk_bytes, start, start + size))
+    pieces = list(stripe.cut(chunk_bytes, start, size))
+    assert found == [stripe.span(chunk_bytes, one.index) for one in pieces if one.start == 0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from modelfs.access import WINDOW_BYTES_MIN, AccessPattern, Stream
+from modelfs.access import WINDOW_BYTES_MIN, AccessPattern, Stream, is_mark
 from modelfs.ids import ChunkId
 from modelfs.inode import Inode
 from modelfs.limits import KIB, PAGE_BYTES
@@ -50,18 +50,15 @@ class Readahead:
             spacing = max(WINDOW_BYTES_MIN, stream.window // MARKS_PER_WINDOW)
             arrived = partial(self._arrived, inode, record, stream, spacing)
             ordered_end = self._contents.read_ahead(record, start, stream.goal, arrived)
-            first = -(-max(start, stream.end) // record.chunk_bytes) * record.chunk_bytes
-            begins = range(first, ordered_end, record.chunk_bytes)
-            stream.marks.extend(begin for begin in begins if _is_mark(record, begin, spacing))
-            stream.ordered_end = ordered_end
+            stream.order(record.chunk_bytes, start, ordered_end, spacing)
 
     def _foretell(self, inode: KernelInode, stride: Stride) -> None:
         """Fetch the next runs of a stride."""
         record = inode.record
-        for run, is_mark in stride.ahead(record.size, self._contents.window_bytes_max):
+        for run, is_marked in stride.ahead(record.size, self._contents.window_bytes_max):
             start = run.begin - run.begin % PAGE_BYTES
             end = min(-(-(run.begin + stride.length) // PAGE_BYTES) * PAGE_BYTES, record.size)
-            arrived = partial(self._run_arrived, inode, record, run, is_mark * PAGE_BYTES)
+            arrived = partial(self._run_arrived, inode, record, run, is_marked * PAGE_BYTES)
             self._contents.read_run_ahead(record, start, end, arrived)
 
     def _run_arrived(
@@ -93,7 +90,7 @@ class Readahead:
     ) -> None:
         """A chunk has come: push what lies before the reader."""
         asked_end = -(-stream.end // PAGE_BYTES) * PAGE_BYTES
-        mark_bytes = MARK_BYTES if _is_mark(record, begin, spacing) else 0
+        mark_bytes = MARK_BYTES if is_mark(record.chunk_bytes, begin, spacing) else 0
         start = max(begin + mark_bytes, asked_end)
         end = min(begin + len(data), record.size)
         if end < record.size:
@@ -106,8 +103,3 @@ class Readahead:
     def _pushed(self, use: FileUse, chunk: ChunkId, taken_bytes: int) -> None:
         use.pushed_bytes += taken_bytes
         self._contents.note_read(chunk, taken_bytes)
-
-
-def _is_mark(record: Inode, begin: int, spacing: int) -> bool:
-    """Whether the first pages of the chunk that begins here are left out."""
-    return begin % spacing < record.chunk_bytes
