@@ -119,6 +119,31 @@ async def test_who_asks_for_what_is_expected_of_him_waits_for_it(
         assert arrived == ([] if is_lost else [(start, data[start:end])])
 
 
+async def test_runs_that_are_expected_stay_within_a_part_of_the_memory(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        node, _ = await a_remote_file(cluster, rng.randbytes(50 * KIB))
+        record = (await node.look_up(b"f")).record
+        fetches = Fetches(cluster, monkeypatch)
+        contents = Contents(node.chunks, 8 * 8 * KIB, node.start)
+        await contents.manifest(record)
+        arrived: list[int] = []
+
+        def take(begin: int, piece: memoryview) -> None:
+            arrived.append(begin)
+
+        for _ in range(2):  # what has come makes room for more
+            fetches.gate = trio.Event()
+            for start in range(0, 40 * KIB, 4 * KIB):
+                contents.read_run_ahead(record, start, start + 4 * KIB, take)
+            await trio.testing.wait_all_tasks_blocked()
+            assert fetches.under_way == 8 * KIB
+            fetches.gate.set()
+            await trio.testing.wait_all_tasks_blocked()
+        assert sorted(arrived) == [0, 0, 4 * KIB, 4 * KIB]
+
+
 @pytest.mark.parametrize("budget_chunks", [1, 3])
 async def test_readahead_and_readers_stay_within_the_memory(
     tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch, budget_chunks: int

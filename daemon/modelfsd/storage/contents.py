@@ -24,7 +24,7 @@ from modelfs.limits import MIB
 from modelfs.manifest import Manifest, PlacedChunk
 from modelfsd.storage.chunk_buffers import ChunkBuffers
 from modelfsd.storage.chunks import Chunks
-from modelfsd.storage.run_fetches import RunFetches
+from modelfsd.storage.run_fetches import RunFetch, RunFetches
 from modelfsd.uses import current_use
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,9 @@ class Contents:
         self._chunks = chunks
         self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
         self._buffers = ChunkBuffers(chunks, memory_bytes)
-        self._runs = RunFetches()
         self._start = run_in_background
         self.window_bytes_max = memory_bytes // 8
+        self._runs = RunFetches(self.window_bytes_max)
 
     @property
     def buffered_bytes(self) -> int:
@@ -201,20 +201,26 @@ class Contents:
         return start
 
     def read_run_ahead(self, record: Inode, start: int, end: int, arrived: RunArrived) -> None:
-        """Have [start, end) fetched in the background, in part where a chunk is larger."""
+        """Have [start, end) fetched in the background, in part where a chunk is larger.
+
+        Nothing happens if too much is under way: then the reader asks for it himself.
+        """
         if record.manifest is not None and start < end:
-            self._start(self._read_quietly, record, start, end - start, arrived)
+            fetch = self._runs.begin(record.manifest.id, start, end)
+            if fetch is not None:
+                self._start(self._read_quietly, record, record.manifest.id, fetch, arrived)
 
     async def _read_quietly(
-        self, record: Inode, start: int, size: int, arrived: RunArrived
+        self, record: Inode, manifest: bytes, fetch: RunFetch, arrived: RunArrived
     ) -> None:
-        assert record.manifest is not None
+        start, size = fetch.start, fetch.end - fetch.start
         try:
-            with self._runs.under_way(record.manifest.id, start, start + size) as fetch:
-                fetch.data = memoryview(await self._read_pieces(record, start, size, False))
+            fetch.data = memoryview(await self._read_pieces(record, start, size, False))
         except ModelfsError as error:  # as below
             log.debug("readahead: %s", error)
             return
+        finally:
+            self._runs.end(manifest, fetch)
         await trio.lowlevel.checkpoint()  # as below
         arrived(start, fetch.data)
 

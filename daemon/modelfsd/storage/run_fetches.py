@@ -5,9 +5,6 @@ Whoever asks before they are here waits for them, instead of fetching the same b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import trio
 
 
@@ -30,24 +27,29 @@ class RunFetch:
 
 
 class RunFetches:
-    """Those that are under way, by the manifest of their file."""
+    """Those that are under way, by the manifest of their file; all together within a budget."""
 
-    def __init__(self) -> None:
+    def __init__(self, total_bytes: int) -> None:
         self._by_manifest: dict[bytes, list[RunFetch]] = {}
+        self._left_bytes = total_bytes
 
-    @contextmanager
-    def under_way(self, manifest: bytes, start: int, end: int) -> Iterator[RunFetch]:
-        """The body fetches it."""
+    def begin(self, manifest: bytes, start: int, end: int) -> RunFetch | None:
+        """Whoever gets one fetches it, and calls `end`. None: too much is under way."""
+        if end - start > self._left_bytes:
+            return None
+        self._left_bytes -= end - start
         fetch = RunFetch(start, end)
         self._by_manifest.setdefault(manifest, []).append(fetch)
-        try:
-            yield fetch
-        finally:
-            found = self._by_manifest[manifest]
-            found.remove(fetch)
-            if not found:
-                del self._by_manifest[manifest]
-            fetch.finish()
+        return fetch
+
+    def end(self, manifest: bytes, fetch: RunFetch) -> None:
+        """It is here, or has failed."""
+        self._left_bytes += fetch.end - fetch.start
+        found = self._by_manifest[manifest]
+        found.remove(fetch)
+        if not found:
+            del self._by_manifest[manifest]
+        fetch.finish()
 
     def find(self, manifest: bytes, start: int, end: int) -> RunFetch | None:
         """One that brings all of [start, end)."""
