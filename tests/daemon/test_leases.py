@@ -8,7 +8,7 @@ import pytest
 import trio
 import trio.testing
 
-from modelfs.errors import MetadataUncertain, WriterElsewhere
+from modelfs.errors import MetadataUnavailable, MetadataUncertain, WriterElsewhere
 from modelfs.ids import InodeNumber, NodeId
 from modelfs.ports import Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
@@ -264,6 +264,30 @@ async def test_what_lingers_is_given_back_together(
         await two.feed.fresh()
         kept = {ino for holder in holders if holder_of(two, ino := holder.ino)}
         assert kept == {again.ino}
+
+
+@pytest.mark.expected_logs(
+    "could not be given back", "watch of the namespace broke", "out of reach"
+)
+@pytest.mark.parametrize("how", ["linger", "reserve"])
+async def test_a_lease_that_was_kept_is_nobodys_while_etcd_is_out_of_reach(
+    tmp_path: Path, virtual_time: trio.testing.MockClock, how: str
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        holder = Holder(one, await one.make_file(b"file"))
+        await holder.take()
+        if how == "linger":
+            one.leases.linger(holder.ino, holder.token)
+        else:
+            one.leases.reserve(holder.ino, holder.token, 2.0)
+        cluster.etcd.unavailable = True
+        one.feed.detach()
+        with pytest.raises(MetadataUnavailable):
+            await Holder(one, holder.ino).take()
+        cluster.etcd.unavailable = False
+        await trio.sleep(60)
+        assert holder_of(two, holder.ino) is None
 
 
 async def test_a_lease_that_waits_for_company_on_its_way_back_is_had_again_at_once(

@@ -83,11 +83,13 @@ class Leases:
         """Become the writer of a file; returns the fencing token.
 
         Waits for another writer, unless told otherwise for as long as `lock_wait` says, then raises
-        `WriterElsewhere`.
+        `WriterElsewhere`. Raises `MetadataUnavailable`: what could not be committed is refused now.
         """
-        reserved = self._reserved.pop(ino, None)
-        if reserved is not None and self._is_held(ino, reserved.token):
-            return self.hold(ino, on_loss)
+        reserved = self._reserved.get(ino)
+        if reserved is not None and self._namespace.is_attached:
+            del self._reserved[ino]
+            if self._is_held(ino, reserved.token):
+                return self.hold(ino, on_loss)
         patience = self._wait_seconds if wait_seconds is None else wait_seconds
         deadline = trio.current_time() + patience
         while True:

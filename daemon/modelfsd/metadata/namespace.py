@@ -78,6 +78,11 @@ class Namespace:
         """Whether a change in the mirror was made by this node's kernel, which knows it then."""
         return origin.startswith(self._run)
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether etcd was within reach when it was last asked: else no change can be made."""
+        return self._feed.is_attached
+
     async def fresh(self) -> bool:
         """`Feed.fresh`, or False if etcd is out of reach: then the last known state is served."""
         try:
@@ -141,7 +146,7 @@ class Namespace:
 
     async def _commit(self, txn: Txn, run: str, patience_seconds: float) -> Revision | None:
         """The revision of the commit, or None if a comparison failed."""
-        if not self._feed.is_attached:  # since a moment ago, or since long: do not wait again
+        if not self.is_attached:  # since a moment ago, or since long: do not wait again
             raise MetadataUnavailable("no connection to etcd")
         operation = f"{run}:{next(self._operations):x}"
         self.transactions += 1
