@@ -179,6 +179,26 @@ async def test_the_first_bytes_of_who_came_too_late_are_kept(tmp_path: Path) -> 
         assert (kept / "0-0").read_bytes() == b"later"
 
 
+async def test_who_starts_over_may_write_in_many_requests_at_once(
+    tmp_path: Path, rng: Random
+) -> None:
+    """All of them find that another node wrote the file, and all are for the emptied one."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = one.writer.session_of(await one.look_up(b"f"))
+        session.start_over()
+        await two.write_file(b"f", b"first" * 10 * MIB)
+        data = rng.randbytes(3 * MIB)
+        async with trio.open_nursery() as nursery:
+            for offset in range(0, len(data), MIB):
+                nursery.start_soon(session.write, offset, data[offset : offset + MIB])
+        await session.flush()
+        await session.release()
+        assert await one.read_file(b"f") == data
+        assert await two.read_file(b"f") == data
+
+
 @pytest.mark.expected_logs(LOST)
 @pytest.mark.parametrize("fate", ["unlinked", "lost"])
 async def test_who_reads_a_file_goes_on_reading_what_its_writer_could_not_commit(

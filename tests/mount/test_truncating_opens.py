@@ -9,20 +9,22 @@ from threading import Barrier
 
 import pytest
 
-from tests.mount.mount_parts import Dirs, refused
+from tests.mount.mount_parts import MIB, Dirs, refused
 
 pytestmark = pytest.mark.fuse
 
 ROUNDS = 12
 LARGE = 5_000  # beyond what an inode record holds
+SEVERAL_REQUESTS = 3 * MIB + 5  # which the kernel sends at the same time
 
 
-def test_all_ranks_may_write_the_same_new_file_at_once(dirs: Dirs) -> None:
+@pytest.mark.parametrize("count", [LARGE, SEVERAL_REQUESTS])
+def test_all_ranks_may_write_the_same_new_file_at_once(dirs: Dirs, count: int) -> None:
     start = Barrier(len(dirs))
 
     def write(rank: int, name: str) -> None:
         start.wait()
-        (dirs[rank] / name).write_bytes(bytes([rank + 1]) * LARGE)
+        (dirs[rank] / name).write_bytes(bytes([rank + 1]) * count)
 
     with ThreadPoolExecutor(len(dirs)) as pool:
         for number in range(ROUNDS):
@@ -31,7 +33,7 @@ def test_all_ranks_may_write_the_same_new_file_at_once(dirs: Dirs) -> None:
                 done.result()
             seen = {(directory / f"config-{number}").read_bytes() for directory in dirs}
             assert len(seen) == 1, "two nodes see different files"
-            assert seen.pop() in [bytes([rank + 1]) * LARGE for rank in range(len(dirs))]
+            assert seen.pop() in [bytes([rank + 1]) * count for rank in range(len(dirs))]
 
 
 def test_who_truncated_an_empty_file_commits_what_it_wrote_in_its_turn(dirs: Dirs) -> None:

@@ -170,6 +170,8 @@ class WriteSession:
     async def start_over_now(self, wait_seconds: float | None = None) -> None:
         """Take the lease of the latest version, and empty it."""
         async with self._leasing:
+            if self._token is not None:
+                return  # another WRITE has come so far meanwhile
             ino = self.inode.ino
             token = await self._writer.leases.take(ino, self._lose, wait_seconds)
             latest = self._writer.namespace.mirror.inode(ino)
