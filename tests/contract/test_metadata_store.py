@@ -17,6 +17,7 @@ from modelfs.testing.contract_metadata import METADATA_CLAIMS, Claim, collect, p
 from modelfs.testing.metadata import CommitFault, MemoryMetadataStore
 from modelfsd.etcd.member import EtcdMember
 from modelfsd.etcd.store import EtcdStore
+from tests.loopback import new_address
 from tests.pki_parts import etcd_tls
 
 HANG_SECONDS = 60  # a guard only
@@ -59,7 +60,7 @@ OpenStore = Callable[[bytes], EtcdStore]
 def open_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenStore]:
     """A real etcd on a loopback address of this module's own."""
     directory: Path = tmp_path_factory.mktemp("etcd")
-    name, address = NodeId("c0" * 8), "127.61.1.1"
+    name, address = NodeId("c0" * 8), new_address()
     tls = etcd_tls(directory, name, address)
     member = EtcdMember(directory, name, address, 12379, 12380, tls)
     try:

@@ -18,11 +18,12 @@ from modelfs.ids import ClusterId, NodeId, is_node_id
 from modelfsd.cluster.announcements import FOUNDING, SERVICE, UP, Announcement, Found, Lost, parse
 from modelfsd.cluster.discovery import EVENTS_MAX, FOUND_MAX, Discovery
 from tests import needs
+from tests.loopback import new_address
 
 HANG_SECONDS = 30  # a guard only
 ALPHA, BETA = NodeId("a" * 16), NodeId("b" * 16)
 CLUSTER = ClusterId(f"c{os.getpid():015x}")
-FIRST, SECOND = "127.214.1.1", "127.214.1.2"
+FIRST, SECOND = new_address(), new_address()
 
 
 def announcement(node: NodeId, zone: str = "") -> Announcement:

@@ -25,6 +25,7 @@ from modelfsd.etcd.standing import Standing
 from modelfsd.etcd.store import EtcdStore, MemberInfo
 from modelfsd.etcd.tls import EtcdTls
 from modelfsd.trust.keyring import KeyRing
+from tests.loopback import new_address
 from tests.pki_parts import etcd_tls
 
 pytestmark = pytest.mark.etcd
@@ -34,11 +35,10 @@ CLIENT_PORT, PEER_PORT = 12379, 12380
 _numbers = count(1)
 
 
-def new_member(root: Path, number: int | None = None) -> EtcdMember:
-    """A member on a loopback address that no other test uses."""
-    number = next(_numbers) if number is None else number
-    name = NodeId(f"{number:016x}")
-    return member_at(root / name, name, f"127.61.2.{number}")
+def new_member(root: Path) -> EtcdMember:
+    """A member on a loopback address of its own."""
+    name = NodeId(f"{next(_numbers):016x}")
+    return member_at(root / name, name, new_address())
 
 
 def member_at(directory: Path, name: NodeId, address: str) -> EtcdMember:
@@ -99,7 +99,7 @@ def test_a_founded_member_comes_back_with_its_data(tmp_path: Path) -> None:
             await members[0].stop()
             # The machine got another address meanwhile.
             directory = members[0].process.data_directory.parent
-            again = member_at(directory, NodeId(f"{1:016x}"), "127.61.2.101")
+            again = member_at(directory, NodeId(f"{1:016x}"), new_address())
             try:
                 await again.resume()
                 store.set_endpoints([again.client_endpoint])
@@ -144,7 +144,7 @@ def test_what_died_while_joining_is_no_obstacle(tmp_path: Path) -> None:
         async with cluster(tmp_path, 1) as (_, store):
             joiner = new_member(tmp_path)
             try:
-                await store.add_learner("http://127.61.2.200:12380")  # of a node that died
+                await store.add_learner(f"http://{new_address()}:12380")  # of a node that died
                 await joiner.join(store)
                 infos = await store.members()
                 assert {info.is_learner for info in infos} == {False} and len(infos) == 2
@@ -178,8 +178,9 @@ def test_a_voter_whose_disk_was_lost_joins_anew(tmp_path: Path) -> None:
         async with cluster(tmp_path, 3) as (members, store):
             lost = members[2]
             await lost.stop()
-            number = int(lost.process.data_directory.parent.name, 16)
-            fresh = new_member(tmp_path / "new-disk", number)
+            name = NodeId(lost.process.data_directory.parent.name)
+            address = lost.client_endpoint.partition(":")[0]
+            fresh = member_at(tmp_path / "new-disk" / name, name, address)
             try:
                 assert fresh.standing is Standing.ABSENT
                 await fresh.join(store)

@@ -24,6 +24,7 @@ from modelfsd.etcd.http2 import Status
 from modelfsd.etcd.member import EtcdMember
 from modelfsd.etcd.store import EtcdStore
 from modelfsd.lab import processes as lab_processes
+from tests.loopback import new_address
 from tests.pki_parts import etcd_tls
 
 HANG_SECONDS = 120  # a guard only
@@ -37,7 +38,7 @@ async def cluster(root: Path, size: int) -> AsyncIterator[tuple[list[EtcdMember]
     for _ in range(size):
         number = next(_numbers)
         name = NodeId(f"{number:016x}")
-        address = f"127.61.3.{number}"
+        address = new_address()
         tls = etcd_tls(root / name, name, address)
         members.append(EtcdMember(root / name, name, address, 12379, 12380, tls))
     try:

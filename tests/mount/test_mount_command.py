@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 from modelfsd.lab import processes as lab_processes
+from tests.loopback import new_address
 from tests.needs import missing
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,7 @@ def test_mount_and_umount_as_from_fstab(test_root: Path) -> None:
         f'exec {shlex.quote(sys.executable)} -P -m modelfsd.commands.mount_helper "$@"\n'
     )
     helper.chmod(0o755)
-    options = f"state_dir={root}/state,new_cluster=fstab,listen=127.0.89.1:7620,replicas=1"
+    options = f"state_dir={root}/state,new_cluster=fstab,listen={new_address()}:7620,replicas=1"
     mark = f"{root}/node"
     environment = {**os.environ, "PYTHONPATH": path, lab_processes.MARK: mark}
     command = ["unshare", "-m", "sh", "-c", SCRIPT, "sh", str(root), options, sys.executable]

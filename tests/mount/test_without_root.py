@@ -13,6 +13,7 @@ import pytest
 
 from modelfsd.lab import processes as lab_processes
 from tests import needs
+from tests.loopback import new_address
 
 pytestmark = pytest.mark.fuse
 
@@ -27,7 +28,7 @@ mknod -m 666 "$1/fuse" c 10 229
 mount --bind "$1/fuse" /dev/fuse
 cd "$1/home"
 exec setpriv --reuid "$2" --regid "$2" --clear-groups --inh-caps=-all,+dac_read_search \\
-    --ambient-caps=-all,+dac_read_search "$3" -P -c "$4"
+    --ambient-caps=-all,+dac_read_search "$3" -P -c "$4" "$5"
 """
 USE = """
 import json, os, subprocess, sys
@@ -35,7 +36,7 @@ modelfs = [sys.executable, "-P", "-m", "modelfsd"]
 def run(*words):
     return subprocess.run([*modelfs, *words], stdout=subprocess.PIPE, text=True, check=True).stdout
 os.mkdir("mnt")
-run("mount", "mnt", "--state-dir", "state", "--new-cluster", "alone", "--listen", "127.0.89.2:7620")
+run("mount", "mnt", "--state-dir", "state", "--new-cluster", "alone", "--listen", sys.argv[1])
 contents = os.urandom(5 << 20)
 with open("mnt/file", "wb") as file:
     file.write(contents)
@@ -64,7 +65,7 @@ def test_a_node_runs_as_a_user_who_is_not_root(test_root: Path) -> None:
     shell = [needs.program("unshare"), "-m", "sh", "-c", SCRIPT, "sh"]
     try:
         done = subprocess.run(
-            [*shell, str(root), str(USER), sys.executable, USE],
+            [*shell, str(root), str(USER), sys.executable, USE, f"{new_address()}:7620"],
             env=environment,
             capture_output=True,
             text=True,
