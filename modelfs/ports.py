@@ -269,11 +269,12 @@ class ChunkStore(Protocol):
         """
         ...
 
-    def delete(self, chunk: ChunkId, unless_put_since: float | None = None) -> bool:
+    def delete(self, chunk: ChunkId, if_put_at: float | None = None) -> bool:
         """Remove a chunk, owned or cached. A missing one is no error.
 
-        False, and nothing is removed, if it is owned and was put, or renewed by `has`, at or
-        after `unless_put_since` (Unix seconds): a live writer has come to rely on it meanwhile.
+        False, and nothing is removed, if it is owned and `owned` tells another time for it than
+        `if_put_at`: it was put, or renewed by `has`, since the caller looked, and somebody has
+        come to rely on it. Which of the times is later says nothing: clocks are set back.
         """
         ...
 

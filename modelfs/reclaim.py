@@ -10,8 +10,8 @@ as watched by the node that deletes it. What follows from "as watched":
 - Only a monotonic clock is used. The store's own times are compared for equality alone, so that a
   wall clock that jumps deletes nothing.
 
-A chunk that was renewed between the look and the deletion is spared by the store itself: `limit`
-is what `ChunkStore.delete` must be given as `unless_put_since`.
+A chunk that was renewed between the look and the deletion is spared by the store itself, which is
+told the time that the look has found (`if_put_at` of `ChunkStore.delete`).
 """
 
 from __future__ import annotations
@@ -67,8 +67,3 @@ def watch(
         since[is_same] = waiting.since[places[is_same]]
     ripe = rows[now - since >= grace_seconds]
     return Waiting(keys, put_at, since), ripe
-
-
-def limit(put_at: float) -> float:
-    """The `unless_put_since` that spares a chunk put or renewed after `put_at`, and no other."""
-    return math.nextafter(put_at, math.inf)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,9 +160,11 @@ class ChunkStoreContract:
         store.put(ref, table, data, Holding.OWNED)
         _, put_at = next(iter(store.owned()))
         assert store.has([ref.id], renew=True) == [True]
-        assert not store.delete(ref.id, unless_put_since=put_at)
+        assert not store.delete(ref.id, if_put_at=put_at)
+        assert not store.delete(ref.id, if_put_at=put_at + 600)  # the clock was set back meanwhile
         assert store.read(ref, 0, 100) == data
-        assert store.delete(ref.id, unless_put_since=time.time() + 60)
+        _, renewed_at = next(iter(store.owned()))
+        assert store.delete(ref.id, if_put_at=renewed_at)
         assert store.has([ref.id], renew=False) == [False]
 
     @pytest.mark.parametrize("holding", list(Holding))

@@ -147,15 +147,15 @@ class MemoryChunkStore:
     def tidy_damaged(self, unneeded: Collection[ChunkId]) -> None:
         """See `ChunkStore.tidy_damaged`. Nothing is put aside."""
 
-    def delete(self, chunk: ChunkId, unless_put_since: float | None = None) -> bool:
+    def delete(self, chunk: ChunkId, if_put_at: float | None = None) -> bool:
         """See `ChunkStore.delete`."""
         with self._lock:
             copy = self._copies.get(chunk)
             if (
                 copy is not None
                 and copy.holding is Holding.OWNED
-                and unless_put_since is not None
-                and copy.put_at >= unless_put_since
+                and if_put_at is not None
+                and copy.put_at != if_put_at
             ):
                 return False
             self._copies.pop(chunk, None)

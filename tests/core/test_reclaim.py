@@ -131,7 +131,3 @@ def test_what_is_ripe_was_seen_unneeded_and_untouched_for_a_grace(
         }
         expected = {number for number, (start, _) in since.items() if now - start >= GRACE}
         assert {numbers[row] for row in ripe.tolist()} == expected
-
-
-def test_the_limit_spares_any_later_put_and_no_other() -> None:
-    assert 5.0 < reclaim.limit(5.0) < 5.000001

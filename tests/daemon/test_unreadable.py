@@ -197,7 +197,7 @@ async def test_copies_are_made_though_a_record_cannot_be_read(tmp_path: Path, rn
         await put(kept.cluster, Put(keys.HISTORY_PREFIX + b"zz", GARBAGE))
         copies = kept.copies()
         chunk, holders = next(iter(copies.items()))
-        kept.cluster.stores[next(iter(holders))].delete(chunk, float("inf"))
+        kept.cluster.stores[next(iter(holders))].delete(chunk)
         assert kept.copies() != copies
         assert await kept.heal() == 1
         assert kept.copies()[chunk] == holders

@@ -172,12 +172,12 @@ class DiskChunkStore:
         """See `ChunkStore.sync`."""
         self._dirsync.sync()
 
-    def delete(self, chunk: ChunkId, unless_put_since: float | None = None) -> bool:
+    def delete(self, chunk: ChunkId, if_put_at: float | None = None) -> bool:
         """See `ChunkStore.delete`."""
         with self._stripes[chunk[0]]:
             path = self._path(chunk, Holding.OWNED)
             status = status_of(path)
-            if status and unless_put_since is not None and status.st_mtime >= unless_put_since:
+            if status and if_put_at is not None and status.st_mtime != if_put_at:
                 return False
             if status:
                 os.unlink(path)

@@ -80,7 +80,7 @@ def delete_rows(store: ChunkStore, holdings: Holdings, rows: Indexes) -> tuple[i
     for row in rows.tolist():
         chunk = holdings.chunk(row)
         size = _bytes_of(store, chunk)
-        if size and store.delete(chunk, reclaim.limit(float(holdings.put_at[row]))):
+        if size and store.delete(chunk, float(holdings.put_at[row])):
             count += 1
             freed_bytes += size
     return count, freed_bytes
