@@ -49,8 +49,7 @@ async def test_what_nobody_needs_goes_after_a_grace_and_the_rest_stays(
         stale = set(both) - await needed_by(kept)
         clock.jump(100 * GRACE)  # old as they are, they have only just become unneeded
         assert await kept.sweep() == 0
-        clock.jump(GRACE - 1)
-        assert await kept.sweep() == 0
+        assert await kept.sweep_for(clock, GRACE - 1) == 0
         clock.jump(1)
         assert await kept.sweep() == 2 * len(stale)
         assert set(kept.copies()) == await needed_by(kept)
@@ -68,11 +67,37 @@ async def test_a_chunk_that_is_put_again_waits_anew(
         node.store.put(ref, table, b"garbage", Holding.OWNED)
         assert await kept.sweep() == 0
         for _ in range(3):
-            clock.jump(GRACE - 1)
+            assert await kept.sweep_for(clock, GRACE - 1) == 0
             assert node.store.has([ref.id], renew=True) == [True]
             assert await kept.sweep() == 0
-        clock.jump(GRACE)
-        assert await kept.sweep() == 1
+        assert await kept.sweep_for(clock, GRACE) == 1
+
+
+@pytest.mark.expected_logs(
+    "the watch of the namespace broke|etcd is out of reach|could not be given back"
+)
+@pytest.mark.parametrize("knows", [True, False])
+async def test_after_a_cut_or_a_pause_a_new_grace_begins(
+    knows: bool, tmp_path: Path, clock: trio.testing.MockClock
+) -> None:
+    """A writer whose renewals did not come through meanwhile has the time to make them."""
+    async with kept_cluster(1, tmp_path) as kept:
+        (node,) = kept.nodes
+        ref, table = describe(b"of a live writer")
+        node.store.put(ref, table, b"of a live writer", Holding.OWNED)
+        assert await kept.sweep() == 0
+        kept.cluster.etcd.unavailable = knows
+        clock.jump(2 * GRACE)
+        if knows:
+            with pytest.raises(MetadataUnavailable):
+                await kept.sweep()
+            kept.cluster.etcd.unavailable = False
+            while not node.feed.is_attached:
+                clock.jump(1)
+                await trio.testing.wait_all_tasks_blocked()
+        assert await kept.sweep() == 0
+        assert node.store.has([ref.id], renew=True) == [True]
+        assert await kept.sweep_all(clock) == 1
 
 
 @pytest.mark.expected_logs(UNREADABLE)
@@ -292,7 +317,7 @@ async def test_what_is_kept_for_recovery_is_renewed_and_its_base_pinned(
             await kept.upkeep[writer.id].pins.reconcile()
             await kept.hear()
             assert await kept.sweep() == 0
-            clock.jump(GRACE * 0.9)
+            assert await kept.sweep_for(clock, GRACE * 0.9) == 0
         assert kept.copies() == held
         shutil.rmtree(next((writer.state_dir / "lost").iterdir()))
         await kept.upkeep[writer.id].renewal.renew_all()

@@ -13,7 +13,7 @@ from modelfs.ids import ChunkId, NodeId
 from modelfs.inode import Pin
 from modelfs.ports import Put, Txn
 from modelfsd.storage.survey import Survey
-from modelfsd.storage.upkeep import Upkeep, UpkeepParts
+from modelfsd.storage.upkeep import SWEEPS_A_GRACE, Upkeep, UpkeepParts
 from tests.daemon.node_parts import Cluster, Node, cluster_of
 
 GRACE, DOWN_OUT = 3600.0, 600.0
@@ -55,10 +55,16 @@ class Kept:
         return sum(sweep.freed_chunks for sweep in sweeps if sweep)
 
     async def sweep_all(self, clock: trio.testing.MockClock) -> int:
-        """Look, wait for a grace, look again."""
-        freed = await self.sweep()
-        clock.jump(GRACE + 1)
-        return freed + await self.sweep()
+        """Look, and go on looking for a grace."""
+        return await self.sweep() + await self.sweep_for(clock, GRACE + 1)
+
+    async def sweep_for(self, clock: trio.testing.MockClock, seconds: float) -> int:
+        """Let time pass, no more than a grace, with the sweeps that are made in it."""
+        freed = 0
+        for _ in range(SWEEPS_A_GRACE):
+            clock.jump(seconds / SWEEPS_A_GRACE)
+            freed += await self.sweep()
+        return freed
 
     async def heal(self) -> int:
         """All nodes heal once; returns how many copies were made or handed back."""

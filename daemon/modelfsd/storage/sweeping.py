@@ -1,4 +1,10 @@
-"""Sweeping: deletes this node's chunks that nobody needs any more (see `modelfs.reclaim`)."""
+"""Sweeping: deletes this node's chunks that nobody needs any more (see `modelfs.reclaim`).
+
+To watch a chunk for a grace period is to look often enough. If half of one has passed since the
+last complete look (etcd was away, a manifest could not be read, the machine was paused), everything
+waits anew: whoever relies on chunks that no manifest names renews them thrice in a grace, and may
+have had no way to do so meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +23,7 @@ from modelfsd.metadata.feed import Feed
 from modelfsd.storage.chunk_file import file_bytes
 from modelfsd.storage.survey import Surveyor
 
+UNWATCHED_SECONDS_MIN = 5.0  # a busy machine may be as late as that, however short the grace is
 BATCH_CHUNKS = 256  # deleted between two looks at whether etcd is still there
 
 
@@ -39,7 +46,7 @@ class Sweeper:
     ) -> None:
         self._store, self._feed, self._surveyor = store, feed, surveyor
         self._grace_seconds = grace_seconds
-        self._waiting = Waiting.nothing()
+        self._waiting, self._looked_at = Waiting.nothing(), 0.0
 
     async def sweep(self) -> Sweep | None:
         """Delete what has been unneeded for long enough. None if that could not be known.
@@ -47,6 +54,8 @@ class Sweeper:
         Raises `MetadataUnavailable`, OSError.
         """
         started = trio.current_time()
+        if started - self._looked_at > max(self._grace_seconds / 2, UNWATCHED_SECONDS_MIN):
+            self._waiting = Waiting.nothing()
         survey = await self._surveyor.survey()
         if not survey.is_complete:
             return None
@@ -54,6 +63,7 @@ class Sweeper:
         self._waiting, ripe = reclaim.watch(
             self._waiting, holdings, ~holdings.is_needed, trio.current_time(), self._grace_seconds
         )
+        self._looked_at = trio.current_time()
         freed_chunks = freed_bytes = 0
         for start in range(0, len(ripe), BATCH_CHUNKS):
             if not self._feed.is_attached:
