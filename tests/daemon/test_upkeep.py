@@ -294,6 +294,54 @@ async def test_a_chunk_that_a_node_lost_before_the_commit_is_put_again(
         await session.release()
 
 
+async def test_a_commit_makes_sure_of_nodes_that_heard_no_renewals(
+    tmp_path: Path, rng: Random, clock: trio.testing.MockClock
+) -> None:
+    """They may have reclaimed what they took; that they did not restart says nothing of it."""
+    async with kept_cluster(3, tmp_path) as kept:
+        writer = kept.nodes[0]
+        await writer.make_file(b"f")
+        session = await writer.open(b"f")
+        await session.write(0, rng.randbytes(64 * KIB))
+        while not session.copy.sealed:
+            await trio.lowlevel.checkpoint()
+        ((chunk, holders),) = kept.copies().items()
+        other = next(id for id in holders if id != writer.id)
+        kept.cluster.peers.down.add(other)
+        await kept.upkeep[writer.id].renewal.renew_all()
+        kept.cluster.stores[other].lose(chunk)
+        kept.cluster.peers.down.discard(other)
+        await session.flush()
+        await session.release()
+        assert len(kept.copies()[chunk]) == 2
+
+
+async def test_a_silent_node_is_waited_for_once_in_a_round_of_renewals(
+    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
+) -> None:
+    """However many files are being written: the other nodes' grace goes on meanwhile."""
+    async with kept_cluster(2, tmp_path) as kept:
+        writer, other = kept.nodes
+        sessions = []
+        for name in (b"a", b"b", b"c", b"d"):
+            await writer.make_file(name)
+            session = await writer.open(name)
+            await session.write(0, rng.randbytes(64 * KIB))
+            while not session.copy.sealed:
+                await trio.lowlevel.checkpoint()
+            sessions.append(session)
+        kept.cluster.peers.silent.add(other.id)
+        begun = trio.current_time()
+        await kept.upkeep[writer.id].renewal.renew_all()
+        assert trio.current_time() - begun == pytest.approx(10.0)
+        kept.cluster.peers.silent.discard(other.id)
+        await kept.upkeep[writer.id].renewal.renew_all()
+        assert kept.upkeep[writer.id].renewal.renewed == 2 * len(sessions)
+        for session in sessions:
+            await session.flush()
+            await session.release()
+
+
 @pytest.mark.expected_logs("cannot be committed, they are kept", "closed with writes", "not given")
 async def test_what_is_kept_for_recovery_is_renewed_and_its_base_pinned(
     tmp_path: Path, rng: Random, clock: trio.testing.MockClock

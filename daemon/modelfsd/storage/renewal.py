@@ -4,7 +4,8 @@ Reclaim deletes what is unneeded and was not renewed for a grace period. So, thr
 this node renews, on the nodes that have them:
 
 - the chunks of its open write sessions: a checkpoint may take ten hours to write. A node that has
-  lost one meanwhile is noticed here, and the chunk gets its copies back before the commit needs it;
+  lost one meanwhile is noticed here, and the chunk gets its copies back before the commit needs it.
+  Of a node that did not answer, or whose copies could not be made anew yet, the commit makes sure;
 - the chunks of writes that could not be committed, as long as `lost` says so; what those are based
   on is pinned.
 """
@@ -48,6 +49,7 @@ class Renewal:
         self._chunks, self._replicator, self._copies = chunks, replicator, copies
         self._lost_dir, self._pins, self._grace_seconds = lost_dir, pins, grace_seconds
         self._quiet = RateLimited(log, 60.0)
+        self._silent: set[NodeId] = set()  # in this round: none is waited for twice
         self.renewed = 0  # chunks, each copy of them, in the last round
 
     def interval_seconds(self) -> float:
@@ -67,6 +69,7 @@ class Renewal:
     async def renew_all(self) -> None:
         """One round."""
         self.renewed = 0
+        self._silent.clear()
         for copy in list(self._copies()):
             for node, placed in list(copy.placements.by_node.items()):
                 await self._renew_session(node, list(placed.values()), copy)
@@ -80,6 +83,7 @@ class Renewal:
     async def _renew_session(
         self, node: NodeId, placed: Sequence[PlacedChunk], copy: WorkingCopy
     ) -> None:
+        copy.placements.unsure.add(node)  # until its answer says otherwise
         answers = await self._renew(node, [one.ref.id for one in placed])
         gone = [one for one, is_there in zip(placed, answers, strict=False) if not is_there]
         for one in gone:
@@ -89,6 +93,8 @@ class Renewal:
                 self._chunks.name_of(node),
             )
             await self._put_again(one, copy.base.replicas, copy.placements)
+        if answers and not gone:
+            copy.placements.unsure.discard(node)
 
     async def _put_again(self, one: PlacedChunk, replicas: int, placements: Placements) -> None:
         try:
@@ -98,14 +104,13 @@ class Renewal:
 
     async def _renew(self, node: NodeId, chunks: Sequence[ChunkId]) -> list[bool]:
         """Which of the chunks a node has; none are told if it does not answer."""
+        if node in self._silent:
+            return []
         try:
-            if node == self._chunks.node_id:
-                has = self._chunks.store.has
-                answers = await trio.to_thread.run_sync(has, chunks, True)
-            else:
-                answers = await self._chunks.peers.has(node, chunks, True)
+            answers = await self._replicator.renew(node, chunks)
         except (PeerUnavailable, PeerRefused, OSError) as error:
             # Its process or its disk may come back within the grace; the commit asks again.
+            self._silent.add(node)
             self._quiet.info(node, "%s renews nothing: %s", self._chunks.name_of(node), error)
             return []
         self.renewed += sum(answers)

@@ -28,7 +28,7 @@ from modelfs.errors import (
     PeerUnavailable,
     ReplicationFailed,
 )
-from modelfs.ids import Epoch, NodeId
+from modelfs.ids import ChunkId, Epoch, NodeId
 from modelfs.limits import KIB, NODE_LEASE_SECONDS
 from modelfs.manifest import PlacedChunk
 from modelfs.placement import PlacementMap
@@ -46,10 +46,14 @@ LOCAL_PUTS_MAX = 8
 
 @dataclass(slots=True)
 class Placements:
-    """Which nodes took which chunks since the last `sync`: the account of one commit."""
+    """Which nodes took which chunks since the last `sync`: the account of one commit.
+
+    Nodes are `unsure` that heard no renewal, or have lost something: they may not have it any more.
+    """
 
     by_node: dict[NodeId, dict[bytes, PlacedChunk]] = field(default_factory=dict)
     incarnations: dict[NodeId, str] = field(default_factory=dict)
+    unsure: set[NodeId] = field(default_factory=set)
 
     def add(self, placed: PlacedChunk, nodes: Iterable[NodeId]) -> None:
         """Note that these nodes have the chunk, its name not yet synced."""
@@ -111,6 +115,7 @@ class Replicator:
         Where a node died since its copy was made, the copies are made again elsewhere. Raises
         `ReplicationFailed` if nodes go on to take copies and to fail at this.
         """
+        await self._make_sure(placements, replicas)
         give_up_at = trio.current_time() + GIVE_UP_SECONDS
         pause_seconds = 0.0  # none before the copies are made again for the first time
         while placements.by_node:
@@ -132,6 +137,29 @@ class Replicator:
             for node in failed:
                 for placed in waiting[node].values():
                     await self.put_again(placed, replicas, placements)
+
+    async def _make_sure(self, placements: Placements, replicas: int) -> None:
+        """Put again what nodes do not have any more that are unsure."""
+        unsure, placements.unsure = placements.unsure, set()
+        for node in unsure & placements.by_node.keys():
+            taken = placements.by_node.pop(node)
+            chunks = [placed.ref.id for placed in taken.values()]
+            try:
+                answers = await self.renew(node, chunks)
+            except (ModelfsError, OSError) as error:
+                log.warning("%s cannot say what it has: %s", self.chunks.name_of(node), error)
+                answers = [False] * len(chunks)
+            for placed, is_there in zip(taken.values(), answers, strict=True):
+                if is_there:
+                    placements.add(placed, [node])
+                else:
+                    await self.put_again(placed, replicas, placements)
+
+    async def renew(self, node: NodeId, chunks: Sequence[ChunkId]) -> list[bool]:
+        """Which chunks a node has; they count as just put. Raises `ModelfsError`, OSError."""
+        if node == self.chunks.node_id:
+            return await trio.to_thread.run_sync(self.chunks.store.has, chunks, True)
+        return await self.chunks.peers.has(node, chunks, True)
 
     async def _sync_node(self, node: NodeId, incarnation: str | None, failed: list[NodeId]) -> None:
         try:
