@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
@@ -13,7 +14,7 @@ import trio.testing
 from modelfs import keys
 from modelfs.chunk import describe
 from modelfs.holdings import Holdings
-from modelfs.ids import Epoch
+from modelfs.ids import ChunkId, Epoch, NodeId
 from modelfs.limits import KIB, MIB
 from modelfs.placement import Member, make_map
 from modelfs.ports import Holding, Put, Txn
@@ -233,6 +234,36 @@ async def test_a_copy_that_somebody_has_come_to_rely_on_is_not_deleted(
         row = next(row for row in range(len(seen)) if seen.chunk(row) == ref.id)
         assert delete_rows(stores[home], seen, np.array([row])) == (0, 0)
         assert kept.copies()[ref.id] == {home}
+
+
+async def test_a_holder_that_restarts_after_its_answer_has_confirmed_nothing(
+    tmp_path: Path, clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name that it has answered for was not safe yet, and may be gone."""
+    async with kept_cluster(2, tmp_path) as kept:
+        data = b"x" * 5000
+        await make(kept.nodes[0], b"f", data, replicas=1)
+        ref, table = describe(data)
+        (home,) = kept.copies()[ref.id]
+        spare = next(id for id in kept.cluster.ids if id != home)
+        kept.cluster.stores[spare].put(ref, table, data, Holding.OWNED)
+        healer, peers = kept.upkeep[spare].healer, kept.cluster.peers
+        await healer.round()
+        clock.jump(GRACE)
+        has = peers.has
+
+        async def has_and_loses_power(
+            node: NodeId, chunks: Sequence[ChunkId], renew: bool
+        ) -> list[bool]:
+            answers = await has(node, chunks, renew)
+            if renew:
+                peers.restart(node)
+                kept.cluster.stores[node].lose(ref.id)
+            return answers
+
+        monkeypatch.setattr(peers, "has", has_and_loses_power)
+        assert (await healer.round()).handed_back_chunks == 0
+        assert kept.copies()[ref.id] == {spare}
 
 
 async def test_under_a_new_map_a_surplus_copy_waits_anew(

@@ -193,8 +193,9 @@ class Healer:
         for case in cases:
             for node in case.desired:
                 questions.setdefault(node, []).append(case.row)
-        holders = await self._ask(holdings, questions, True, done)
-        safe = {node for node in questions if await self._sync(node, done)}
+        runs = {node: run for node in questions if (run := await self._run_of(node, done))}
+        holders = await self._ask(holdings, {node: questions[node] for node in runs}, True, done)
+        safe = {node for node, run in runs.items() if await self._sync(node, run, done)}
         rows = [
             case.row
             for case in cases
@@ -208,9 +209,17 @@ class Healer:
         done.handed_back_chunks += count
         done.handed_back_bytes += size
 
-    async def _sync(self, node: NodeId, done: Round) -> bool:
+    async def _run_of(self, node: NodeId, done: Round) -> str:
+        """Which run of a node will answer: its next may lack names that were not synced."""
         try:
-            await self._chunks.peers.sync(node)
+            return await self._chunks.peers.incarnation(node)
+        except ModelfsError as error:
+            self._failed(node, error, done)
+            return ""
+
+    async def _sync(self, node: NodeId, run: str, done: Round) -> bool:
+        try:
+            await self._chunks.peers.sync(node, run)
         except ModelfsError as error:
             self._failed(node, error, done)
             return False
