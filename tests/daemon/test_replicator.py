@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -14,6 +16,7 @@ from modelfs.errors import ChunkMissing, OutOfSpace, ReplicationFailed
 from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import KIB, NODE_LEASE_SECONDS
 from modelfs.ports import Holding
+from modelfsd.storage.disk import DiskChunkStore
 from modelfsd.storage.replicator import Placements
 from tests.daemon.node_parts import Cluster, cluster_of
 
@@ -207,6 +210,36 @@ async def test_a_cached_copy_becomes_an_owned_one(tmp_path: Path) -> None:
         assert one.store.has([ref.id], False) == [True]
         with pytest.raises(ChunkMissing):
             one.store.verify(describe(b"y")[0].id)
+
+
+@pytest.mark.expected_logs("did not take a chunk")
+async def test_a_staged_file_that_could_not_be_synced_is_not_trusted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a failed write-back once: a second fsync would claim what is not so."""
+    async with cluster_of(1, tmp_path) as cluster:
+        one = cluster.nodes[0]
+        store = one.chunks.store = DiskChunkStore(tmp_path / "chunks", 0)
+        data = bytes(100_000)
+        ref, table = describe(data)
+        path = tmp_path / "staged"
+        path.write_bytes(data)
+        staged, fsync = path.stat().st_ino, os.fsync
+
+        def fsync_badly(fd: int) -> None:
+            if os.fstat(fd).st_ino == staged and not failures:
+                failures.append(fd)
+                raise OSError(errno.EIO, "the disk forgot a page")
+            fsync(fd)
+
+        failures: list[int] = []
+        monkeypatch.setattr(os, "fsync", fsync_badly)
+        await one.replicator.put(ref, table, data, 1, Placements(), path)
+        assert failures
+        opened = store.open(ref.id)
+        assert os.fstat(opened.fd).st_ino != staged
+        os.close(opened.fd)
+        assert store.read(ref, 0, ref.length) == data
 
 
 async def test_a_staged_file_is_consumed_only_by_the_node_that_is_to_hold_it(

@@ -86,7 +86,7 @@ class Replicator:
         staged: Path | None = None,
     ) -> PlacedChunk:
         """Make `replicas` copies of a chunk. A `staged` file that holds it may be consumed, and is
-        if a copy is made here.
+        if a copy is made here, unless the disk has failed at it.
 
         Raises `OutOfSpace` if that is what kept nodes from taking it, else `ReplicationFailed`.
         """
@@ -97,6 +97,7 @@ class Replicator:
             attempt = _Attempt(self, ref, table, data, staged, placements)
             await attempt.run(placement, replicas, copies)
             copies |= attempt.copies
+            staged = attempt.staged
             living = len({*self.chunks.mirror.nodes, self.chunks.node_id})
             if len(copies) >= min(replicas, living):
                 placed = PlacedChunk(ref, placement.epoch)
@@ -239,7 +240,7 @@ class _Attempt:
     ) -> None:
         self._placements = placements
         self._replicator, self._ref, self._table, self._data = replicator, ref, table, data
-        self._staged = staged
+        self.staged = staged  # None also after the disk has failed at it
         self._offers = False  # before chunks are sent
         self.copies: set[NodeId] = set()
         self.failures: list[str] = []
@@ -278,7 +279,7 @@ class _Attempt:
         for node in rest:
             try:
                 await self._note_incarnation(node)
-                what = self._ref, self._table, self._data, self._staged
+                what = self._ref, self._table, self._data, self.staged
                 await self._replicator.put_on(node, *what, self._offers)
             except PeerUnavailable as error:
                 chunks.suspect(node)
@@ -288,6 +289,8 @@ class _Attempt:
                 self.failures.append(f"{chunks.name_of(node)}: {error}")
             except (ModelfsError, OSError) as error:
                 log.warning("%s did not take a chunk: %s", chunks.name_of(node), error)
+                if isinstance(error, OSError):  # this node's: a second fsync would prove nothing
+                    self.staged = None
                 self.failures.append(f"{chunks.name_of(node)}: {error}")
             else:
                 self.copies.add(node)
