@@ -354,3 +354,42 @@ def test_the_length_of_the_data_follows_from_the_size_of_the_file() -> None:
     for size in range(max(sizes)):
         assert (chunk_file.data_length(size) is not None) == (size in sizes)
     assert chunk_file.data_length(chunk_file.file_bytes(64 * MIB) + 1) is None
+
+
+@pytest.mark.parametrize("number", sorted(chunk_file.DAMAGE_ERRNOS))
+def test_a_damaged_inode_is_one_copy_less_and_no_more(
+    root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A file that cannot even be looked at must not keep the others from being listed."""
+    store = DiskChunkStore(root, MIB)
+    bad, good = make(seed=1), make(seed=2)
+    for chunk in (bad, good):
+        store.put(*chunk, Holding.OWNED)
+    name, names = bad[0].id.hex()[2:], [bad[0].id, good[0].id]
+    status, utime, opening = os.stat, os.utime, os.open
+
+    def stat_badly(path: str | int, follow_symlinks: bool = True) -> os.stat_result:
+        refuse(path)
+        return status(path, follow_symlinks=follow_symlinks)
+
+    def refuse(path: object) -> None:
+        if isinstance(path, str) and path.endswith(name):
+            raise OSError(number, os.strerror(number), path)
+
+    def utime_badly(path: str | int) -> None:
+        refuse(path)
+        utime(path)
+
+    def open_badly(path: str, flags: int, mode: int = 0o777) -> int:
+        refuse(path)
+        return opening(path, flags, mode)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", stat_badly)
+        patched.setattr(os, "utime", utime_badly)
+        patched.setattr(os, "open", open_badly)
+        assert [chunk for chunk, _ in store.owned()] == [good[0].id]
+        assert store.has(names, renew=True) == [False, True]
+        assert DiskChunkStore(root, MIB).usage().owned_chunks == 1
+        store.put(*bad, Holding.OWNED)  # a new file takes the place of the damaged one
+    assert store.has(names, renew=True) == [True, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,20 +10,24 @@ from contextlib import suppress
 from modelfs.ids import ChunkId
 from modelfs.limits import GIB, MIB
 from modelfs.ports import Holding
+from modelfsd.storage.chunk_file import DAMAGE_ERRNOS
 
 RESERVE_BYTES_MAX = 1 * GIB  # kept free besides, at most 1 %: logs, etcd and staging go on
 DAMAGED_FILES_MAX = 16  # enough to see a pattern in what a failing disk does
 DAMAGED_BYTES_MAX = 256 * MIB
+NO_COPY_ERRNOS = DAMAGE_ERRNOS | {errno.ENOENT}
 PREFIXES = tuple(f"{first:02x}" for first in range(256))
 _HEX_DIGITS = frozenset("0123456789abcdef")
 
 
 def status_of(path: str) -> os.stat_result | None:
-    """The status of a file; None if there is none of this name."""
+    """The status of a file; None if there is none of this name, or its inode is damaged."""
     try:
         return os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
+    except OSError as error:
+        if error.errno in NO_COPY_ERRNOS:
+            return None
+        raise
 
 
 def free_bytes(disk: os.statvfs_result) -> int:
@@ -62,10 +67,9 @@ def scan_prefix(
         for entry in entries:
             if len(entry.name) != 62 or not _HEX_DIGITS.issuperset(entry.name):
                 continue
-            try:
-                status = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue  # deleted since the directory was read
+            status = status_of(entry.path)
+            if status is None:
+                continue  # deleted since the directory was read, or damaged: no copy to count on
             yield ChunkId(bytes.fromhex(prefix + entry.name)), status
 
 

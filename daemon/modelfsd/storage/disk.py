@@ -33,7 +33,7 @@ from modelfs.ids import ChunkId
 from modelfs.ports import HeldChunk, Holding, OpenChunk, StoreUsage
 from modelfsd.storage import chunk_file, chunk_tree, page_cache
 from modelfsd.storage.absent import AbsentChunks
-from modelfsd.storage.chunk_tree import PREFIXES, free_bytes, scan, status_of
+from modelfsd.storage.chunk_tree import NO_COPY_ERRNOS, PREFIXES, free_bytes, scan, status_of
 from modelfsd.storage.dirsync import DirectorySync
 
 log = logging.getLogger(__name__)
@@ -255,8 +255,10 @@ class DiskChunkStore:
         with self._stripes[chunk[0]]:  # against a delete that has just looked at the time
             try:
                 os.utime(path)
-            except FileNotFoundError:
-                return False
+            except OSError as error:
+                if error.errno in NO_COPY_ERRNOS:
+                    return False
+                raise
         return True
 
     def _renew(self, ref: ChunkRef, holding: Holding) -> bool:
@@ -267,8 +269,10 @@ class DiskChunkStore:
             for found in (Holding.OWNED, Holding.CACHED) if is_cached else (Holding.OWNED,):
                 try:
                     fd = os.open(self._path(ref.id, found), os.O_RDONLY | os.O_CLOEXEC)
-                except FileNotFoundError:
-                    continue
+                except OSError as error:
+                    if error.errno in NO_COPY_ERRNOS:
+                        continue
+                    raise
                 try:
                     trailer = chunk_file.read_trailer(fd)
                     if trailer is None or not is_table_valid(ref, trailer[1]):
