@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import fcntl
+import json
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from random import Random
 
 import pytest
 
+from modelfs.chunk import describe
 from modelfs.errors import OutOfSpace, ProtocolError, UserError
 from modelfs.inode import Inode
 from modelfs.limits import KIB
@@ -128,3 +130,17 @@ async def fill(twin: Twin) -> None:
     """Write with gaps, which are journaled, until the disk is full."""
     for number in range(1000):
         await twin.write(number * 3 * KIB, 2 * KIB, number % 255 + 1)
+
+
+def test_a_lost_write_that_cannot_be_read_keeps_no_other_from_being_renewed(
+    tmp_path: Path,
+) -> None:
+    ref, _ = describe(b"sealed")
+    for name in ("bad", "good"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bad" / staging.JOURNAL).mkdir()  # like one that the disk does not give back
+    (tmp_path / "bad" / staging.DESCRIPTION).mkdir()
+    chunk = {"id": ref.id.hex(), "checksum": ref.checksum, "length": ref.length, "epoch": 1}
+    (tmp_path / "good" / staging.JOURNAL).write_text(json.dumps({"chunk": chunk}))
+    assert lost.lost_chunks(tmp_path, time.time()) == [ref.id]
+    assert lost.lost_bases(tmp_path, time.time()) == []

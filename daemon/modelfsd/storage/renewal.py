@@ -62,7 +62,7 @@ class Renewal:
         while True:
             try:
                 await self.renew_all()
-            except OSError as error:
+            except (ModelfsError, OSError) as error:
                 self._quiet.error("disk", "lost writes cannot be looked through: %s", error)
             await trio.sleep(self.interval_seconds())
 

@@ -134,7 +134,11 @@ def lost_chunks(lost_dir: Path, now: float) -> list[ChunkId]:
     """
     found: set[ChunkId] = set()
     for directory in _recent(lost_dir, now):
-        for record in read_journal(directory):
+        try:
+            records = read_journal(directory)
+        except OSError:
+            continue  # the others are not to be lost with it
+        for record in records:
             chunk = record.get("chunk")
             if isinstance(chunk, dict):
                 try:
@@ -150,7 +154,7 @@ def lost_bases(lost_dir: Path, now: float) -> list[Inode]:
     for directory in _recent(lost_dir, now):
         try:
             found.append(read_description(directory).base)
-        except (FileNotFoundError, ProtocolError):
+        except (OSError, ProtocolError):
             continue
     return found
 
