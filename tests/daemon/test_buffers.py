@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import threading
 from contextlib import ExitStack
 
+import pytest
+
 from modelfs.limits import MIB
-from modelfsd.buffers import BufferPool, Recycler
+from modelfsd.buffers import RECYCLED_BYTES_MIN, BufferPool, Recycler
 
 
 def test_buffers_with_the_same_contents_are_not_lent_twice() -> None:
@@ -71,3 +75,16 @@ def test_threads_never_get_the_same_memory() -> None:
     for thread in threads:
         thread.join()
     assert not failures
+
+
+def test_a_kernel_without_huge_pages_lends_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It knows no MADV_HUGEPAGE; all that reads chunks would fail with it."""
+
+    class PlainMemory(mmap.mmap):
+        def madvise(self, *args: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", PlainMemory)
+    buffer = Recycler(0).take(RECYCLED_BYTES_MIN)
+    buffer[-1] = 7
+    assert len(buffer) == RECYCLED_BYTES_MIN
