@@ -83,6 +83,19 @@ class Tree:
         inode.lookups += 1
         return inode
 
+    def _counted_since(self, parent: KernelInode, ino: InodeNumber, made: Inode) -> KernelInode:
+        """As `_counted`, after a change that made a name for an inode.
+
+        Another node may have changed the inode since: then the latest record is shown. If it is
+        gone by now, what was made is shown to who has made it, and to nobody else; the kernel holds
+        the directory, and hears after the reply that the name is gone.
+        """
+        latest = self._mirror.inode(ino)
+        inode = self._counted(parent, ino, latest or made)
+        if latest is None:
+            self._cache.inodes.retire(inode)
+        return inode
+
     async def open_directory(self, directory: KernelInode) -> None:
         """Make sure that what is listed from now on is the latest."""
         await self._namespace.fresh()
@@ -134,7 +147,7 @@ class Tree:
         await self._namespace.change(
             lambda mirror: changes.create(mirror, parent.ino, name, ino, record, claim)
         )
-        return self._counted(parent, ino, self._namespace.require(ino))
+        return self._counted_since(parent, ino, record)
 
     def _new_record(self, parent: KernelInode, new: NewInode, caller: Caller) -> Inode:
         now_ns = time.time_ns()
@@ -166,7 +179,7 @@ class Tree:
         record = await self._namespace.change(
             lambda mirror: changes.link(mirror, inode.ino, parent.ino, name, time.time_ns())
         )
-        return self._counted(parent, inode.ino, record)
+        return self._counted_since(parent, inode.ino, record)
 
     async def remove(self, parent: KernelInode, name: bytes, directory: bool) -> None:
         """unlink, or rmdir."""
