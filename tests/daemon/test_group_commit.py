@@ -6,7 +6,10 @@ import pytest
 import trio
 import trio.testing
 
-from modelfs.ports import Put, Txn, TxnResult
+from modelfs.errors import MetadataOutOfReach, MetadataUnavailable
+from modelfs.ids import Revision
+from modelfs.limits import ETCD_REQUEST_SECONDS, XATTRS_BYTES_MAX
+from modelfs.ports import Compare, Put, Target, Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
 from modelfsd.metadata.group_commit import COMPANY_SECONDS_MAX, GroupCommit
 
@@ -114,3 +117,81 @@ async def test_a_rider_that_clashes_stays_behind(virtual_time: trio.testing.Mock
         await work(group, "worker", 1, 0)
         assert group.requests == 1
     assert group.requests == 2
+
+
+async def test_what_etcd_refuses_of_one_is_not_refused_to_those_who_shared_it(
+    virtual_time: trio.testing.MockClock,
+) -> None:
+    store = SlowStore()
+    async with trio.open_nursery() as nursery:
+        group = GroupCommit(store, nursery.start_soon)
+        refused: list[MetadataUnavailable] = []
+
+        async def put_under_a_lapsed_lease() -> None:
+            try:
+                await group.commit(Txn((), (Put(b"lapsed", b"", 4711),)), "node:run:lapsed")
+            except MetadataUnavailable as error:
+                refused.append(error)
+
+        async with trio.open_nursery() as processes:
+            processes.start_soon(work, group, "first", 1, 0)
+            await trio.testing.wait_all_tasks_blocked()
+            processes.start_soon(put_under_a_lapsed_lease)
+            processes.start_soon(work, group, "beside", 1, 0)
+        assert len(refused) == 1
+    assert await store.get(b"beside/0") is not None and await store.get(b"lapsed") is None
+
+
+async def test_large_changes_at_one_time_do_not_exceed_a_request(
+    virtual_time: trio.testing.MockClock,
+) -> None:
+    store = SlowStore()
+    async with trio.open_nursery() as nursery:
+        group = GroupCommit(store, nursery.start_soon)
+        for index in range(24):
+            txn = Txn((), (Put(b"%d" % index, bytes(XATTRS_BYTES_MAX)),))
+            nursery.start_soon(group.commit, txn, f"node:run:{index}")
+    assert len((await store.load(b""))[1]) == 24 + 1
+    assert group.requests <= 8
+
+
+class DistantStore(SlowStore):
+    """While out of reach, it says so after as long as a request may take."""
+
+    async def commit(self, txn: Txn) -> TxnResult:
+        if self.unavailable:
+            await trio.sleep(ETCD_REQUEST_SECONDS)
+        return await super().commit(txn)
+
+
+@pytest.mark.parametrize("goes", ["before", "after a merged one has failed"])
+async def test_nobody_waits_for_the_requests_of_others_to_a_distant_etcd(
+    virtual_time: trio.testing.MockClock, goes: str
+) -> None:
+    store = DistantStore()
+    outcomes: list[str] = []
+    async with trio.open_nursery() as nursery:
+        group = GroupCommit(store, nursery.start_soon)
+        await work(group, "taken", 1, 0)
+
+        async def touch(number: int) -> None:
+            """Merged with others, or not, and refused by the store if it can be reached."""
+            key = b"taken/0" if goes == "before" else b"taken/%d" % number
+            compare = Compare(b"taken/0", Target.CREATE, Revision(0))
+            try:
+                result = await group.commit(Txn((compare,), (Put(key, b""),)), f"node:run:{number}")
+                outcomes.append(f"{result.succeeded}")
+            except MetadataOutOfReach:
+                outcomes.append("out of reach")
+
+        started = trio.current_time()
+        store.unavailable = goes == "before"
+        async with trio.open_nursery() as processes:
+            for number in range(1, 101):
+                processes.start_soon(touch, number)
+            await trio.sleep(1.5 * TRANSACTION_SECONDS)  # the first merged one has failed
+            store.unavailable = True
+        assert trio.current_time() - started < 3 * ETCD_REQUEST_SECONDS
+        assert len(outcomes) == 100 and outcomes.count("out of reach") > 50
+        store.unavailable = False
+        await work(group, "again", 3, 0)

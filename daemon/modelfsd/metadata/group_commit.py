@@ -3,8 +3,12 @@
 An etcd transaction costs a round of Raft and a synced log write, whatever it holds. So while some
 are under way, what arrives next is merged: the comparisons of all, the operations of all, and one
 `seq` with the operation ids of all. If the merged comparisons hold, every member has succeeded. If
-not, at least one member has lost a race, and each is sent again on its own: merging never changes
-what a transaction means, only what it costs.
+not, at least one member has lost a race, and each is sent again on its own, as after a refusal by
+etcd, which may be about one of them: merging never changes what a transaction means, only what it
+costs.
+
+When etcd has been out of reach for as long as a request may take, those who wait for their turn are
+told so too: one after the other they would wait for minutes.
 
 Who shared a transaction comes back soon with the next: eight processes that make files are in
 step then. A batch that is smaller than the last waits for them, no longer than the last transaction
@@ -21,19 +25,26 @@ other. A transaction that compares a range goes alone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
 
 from modelfs import keys
-from modelfs.errors import MetadataUncertain, ModelfsError
-from modelfs.limits import TRANSACTION_OPS_MAX
+from modelfs.errors import (
+    MetadataOutOfReach,
+    MetadataUnavailable,
+    MetadataUncertain,
+    ModelfsError,
+    ProtocolError,
+)
+from modelfs.limits import MIB, TRANSACTION_OPS_MAX
 from modelfs.ports import MetadataStore, Put, Txn, TxnResult
 from modelfsd.stages import timed
 
 IN_FLIGHT_MAX = 2  # one on its way while one is being written; a third gained nothing
 MERGED_MAX = 24  # a create has 2 comparisons and 4 operations
+MERGED_BYTES_MAX = 1 * MIB  # of keys and values: etcd takes requests of 1.5 MiB
 WAITING_MIN = MERGED_MAX // 2  # fewer wait for the one in flight, and then share one
 COMPANY_MIN = 3  # fewer are not waited for: two fall into step by themselves or not at all
 COMPANY_SECONDS_MAX = 0.01  # to wait for those who shared the last one
@@ -150,21 +161,44 @@ class GroupCommit:
 
     async def _send(self, batch: list[_Ticket]) -> None:
         try:
-            result = await self._commit(batch)
-            if len(batch) > 1 and not result.succeeded:
-                for ticket in batch:
-                    await self._send([ticket])
+            result = await (self._commit(batch) if len(batch) == 1 else self._commit_merged(batch))
+            if result is None:
+                await self._send_each(batch)
                 return
             for ticket in batch:
                 ticket.result = result
         except ModelfsError as error:
-            for ticket in batch:
-                ticket.error = ticket.error or error
+            self._fail(batch, error)
+            if isinstance(error, MetadataOutOfReach):
+                waiting, self._waiting = self._waiting, deque()
+                self._fail(waiting, error)
         finally:
-            for ticket in batch:
-                if ticket.result is None and ticket.error is None:
-                    ticket.error = MetadataUncertain("the node is stopping")
-                ticket.done.set()
+            self._fail(batch, MetadataUncertain("the node is stopping"))
+
+    async def _send_each(self, batch: list[_Ticket]) -> None:
+        """Raises `MetadataOutOfReach`, for those that have not been sent by then."""
+        for ticket in batch:
+            await self._send([ticket])
+            if isinstance(ticket.error, MetadataOutOfReach):
+                raise ticket.error
+
+    @staticmethod
+    def _fail(tickets: Iterable[_Ticket], error: ModelfsError) -> None:
+        """End the transactions, with this error if they have no outcome yet."""
+        for ticket in tickets:
+            if ticket.result is None and ticket.error is None:
+                ticket.error = error
+            ticket.done.set()
+
+    async def _commit_merged(self, batch: list[_Ticket]) -> TxnResult | None:
+        """None if each is to be sent on its own: nothing has happened then."""
+        try:
+            result = await self._commit(batch)
+        except MetadataOutOfReach:
+            raise
+        except (MetadataUnavailable, ProtocolError):
+            return None  # etcd's refusal of one of them
+        return result if result.succeeded else None
 
     async def _commit(self, batch: list[_Ticket]) -> TxnResult:
         self.requests += 1
@@ -192,6 +226,7 @@ class _Footprint:
     compared: set[bytes]
     written: set[bytes]
     compare_count: int
+    size_bytes: int
     is_alone: bool
 
     @classmethod
@@ -200,12 +235,18 @@ class _Footprint:
         written = {op.key for op in txn.ops if not op.key.startswith(keys.DIRTIME_PREFIX)}
         # A directory's times are blind only where they are put: a removal goes with its inode.
         ranged = any(compare.range_end is not None for compare in txn.compares)
-        return cls(compared, written, len(txn.compares), ranged)
+        size_bytes = sum(len(compare.key) for compare in txn.compares)
+        size_bytes += sum(
+            len(op.key) + (len(op.value) if isinstance(op, Put) else 0) for op in txn.ops
+        )
+        return cls(compared, written, len(txn.compares), size_bytes, ranged)
 
     def admits(self, other: _Footprint) -> bool:
         if self.is_alone or other.is_alone:
             return False
         if self.compare_count + other.compare_count > TRANSACTION_OPS_MAX:
+            return False
+        if self.size_bytes + other.size_bytes > MERGED_BYTES_MAX:
             return False
         if len(self.written) + len(other.written) > TRANSACTION_OPS_MAX // 2:
             return False
@@ -216,3 +257,4 @@ class _Footprint:
         self.compared |= other.compared
         self.written |= other.written
         self.compare_count += other.compare_count
+        self.size_bytes += other.size_bytes
