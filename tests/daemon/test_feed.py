@@ -231,3 +231,25 @@ async def test_a_revision_that_never_comes_is_waited_for_in_bounded_time(
             await feed.reached(type(store.revision)(10_000))
         assert trio.current_time() - begun == pytest.approx(WAIT_SECONDS)
     replica.close()
+
+
+@pytest.mark.expected_logs(AWAY)
+async def test_what_arrives_as_the_feed_is_detached_is_in_the_file_too(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
+    store = CountingStore()
+    replica = ReplicaFile(tmp_path / "r", "c" * 16)
+    feed = Feed(store, replica, NODE)
+    async with feed.running():
+        await until_attached(feed)
+        await trio.testing.wait_all_tasks_blocked()
+        await put_name(store, b"a", 1, b"x")
+        feed.detach()  # the watch has been woken already
+        await trio.sleep(1)
+        await put_name(store, b"b", 2, b"x")
+        await trio.sleep(1)
+        assert names(feed.mirror) == {b"a": 3, b"b": 4}
+    found = Mirror()
+    found.reload(*replica.load())
+    assert found.revision == feed.mirror.revision and names(found) == names(feed.mirror)
+    replica.close()

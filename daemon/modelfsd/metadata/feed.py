@@ -131,8 +131,18 @@ class Feed:
             self.is_attached, self._broken_since = True, None
             async for batch in batches:
                 if batch.events:
+                    await self._to_the_file(batch)
                     self._take(batch)
-                    await self._to_file.send(batch)
+
+    async def _to_the_file(self, batch: WatchBatch) -> None:
+        """Before the mirror has it: if this is cancelled, the next watch brings the batch again.
+
+        Else the file would lack it for ever. What it gets twice it leaves out.
+        """
+        try:
+            self._to_file.send_nowait(batch)
+        except trio.WouldBlock:
+            await self._to_file.send(batch)
 
     def _take(self, batch: WatchBatch) -> None:
         for event in batch.events:
