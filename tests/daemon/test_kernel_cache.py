@@ -234,3 +234,15 @@ async def test_below_an_older_directory_each_directory_has_a_kernel_inode_of_its
         assert inodes.show_in(older, file, require(file)) is inodes.show(file, require(file))
         inodes.drop_if_unused(inside)
         assert inodes.all_of(below) == [current]
+
+
+def test_the_guard_remembers_nothing_for_longer_than_it_guards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(notifier, "GRACE_SECONDS", 0.0)
+    guard = notifier.NameGuard()
+    for ino in range(2, 1002):
+        name = (ROOT_INODE, b"%d" % ino)
+        guard.raise_for(InodeNumber(ino), name)
+        guard.lower_for(InodeNumber(ino), name)  # and nobody here ever opens a file
+    assert len(guard._until) <= 1

@@ -142,7 +142,8 @@ class NameGuard:
     def __init__(self) -> None:
         self._waiting: dict[InodeNumber, int] = {}  # invalidations not acknowledged yet
         self._names: Counter[Name] = Counter()  # the same, by name
-        self._until: dict[InodeNumber, float] = {}  # acknowledged, but within the grace
+        # Acknowledged, but within the grace: until when, the first to end first.
+        self._until: OrderedDict[InodeNumber, float] = OrderedDict()
         self._lock = threading.Lock()
 
     def raise_for(self, ino: InodeNumber, name: Name) -> None:
@@ -157,7 +158,9 @@ class NameGuard:
             self._waiting[ino] -= 1
             if not self._waiting[ino]:
                 del self._waiting[ino]
+            self._end_graces()
             self._until[ino] = time.monotonic() + GRACE_SECONDS
+            self._until.move_to_end(ino)
             self._names[name] -= 1
             if not self._names[name]:
                 del self._names[name]
@@ -171,10 +174,14 @@ class NameGuard:
         if not self._waiting and not self._until:
             return False
         with self._lock:
-            now = time.monotonic()
-            for ino in [ino for ino, until in self._until.items() if until <= now]:
-                del self._until[ino]
+            self._end_graces()
             return bool(self._waiting or self._until)
+
+    def _end_graces(self) -> None:
+        """Forget those whose grace is over. With the lock held; also where nobody opens files."""
+        now = time.monotonic()
+        while self._until and next(iter(self._until.values())) <= now:
+            self._until.popitem(last=False)
 
     def covers(self, ino: InodeNumber) -> bool:
         """Whether an OPEN of this inode must look its name up again."""
