@@ -9,6 +9,7 @@ something else by now is caught by the guard.
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable, Mapping
 
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
@@ -79,6 +80,20 @@ class KernelCache:
         """
         if self.guard.is_waiting(source):
             self._forget_name(*target, moved)
+
+    def unsure(self, believed: Mapping[Name, InodeNumber], touched: Iterable[InodeNumber]) -> None:
+        """A change by this node's kernel failed, and may have happened: it must ask again.
+
+        `believed` is what names meant before, `touched` are the inodes whose attributes may be
+        others now. If it happens later, that is announced as if another node had made it.
+        """
+        for (parent, name), ino in believed.items():
+            self._forget_name(parent, name, ino)
+            if self._mirror.parent_of(ino) != parent:
+                self._retire_directories(ino)
+        for ino in {*touched, *believed.values()}:
+            for inode in self.inodes.all_of(ino):
+                self._notifier.forget_attributes(inode.id)
 
     def _on_inode(self, change: InodeChanged) -> None:
         self._on_older_directory(change)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from modelfs import changes, xattrs
 from modelfs.attributes import AttributeChange, only_repeats
 from modelfs.changes import Claim
-from modelfs.errors import NoSuchEntry, NotDirectory
+from modelfs.errors import MetadataUncertain, NoSuchEntry, NotDirectory
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode, check_name
+from modelfs.mirror import Name
 from modelfs.policy import rules_of
 from modelfsd.kernel.kernel_cache import KernelCache
 from modelfsd.kernel.kernel_inodes import KernelInode
@@ -137,6 +139,22 @@ class Tree:
 
     # ------------------------------------------------------------ changing
 
+    @contextmanager
+    def _as_if_unmade(self, *names: Name, of: KernelInode | None = None) -> Iterator[None]:
+        """Around a change of these names, or of an inode.
+
+        If it fails though it may have happened, the kernel takes it for not made, and would
+        believe that for a day.
+        """
+        before = {name: self._mirror.child(*name) for name in names}
+        try:
+            yield
+        except MetadataUncertain:
+            believed = {name: child.ino for name, child in before.items() if child is not None}
+            touched = [parent for parent, _ in names] + ([of.ino] if of is not None else [])
+            self._cache.unsure(believed, touched)
+            raise
+
     async def create(
         self, parent: KernelInode, name: bytes, new: NewInode, caller: Caller, claim: Claim | None
     ) -> KernelInode:
@@ -144,9 +162,10 @@ class Tree:
         check_name(name)
         ino = await self._namespace.new_inode_number()
         record = self._new_record(parent, new, caller)
-        await self._namespace.change(
-            lambda mirror: changes.create(mirror, parent.ino, name, ino, record, claim)
-        )
+        with self._as_if_unmade((parent.ino, name)):
+            await self._namespace.change(
+                lambda mirror: changes.create(mirror, parent.ino, name, ino, record, claim)
+            )
         return self._counted_since(parent, ino, record)
 
     def _new_record(self, parent: KernelInode, new: NewInode, caller: Caller) -> Inode:
@@ -176,18 +195,20 @@ class Tree:
 
     async def link(self, inode: KernelInode, parent: KernelInode, name: bytes) -> KernelInode:
         """A further name. Raises `EntryExists`."""
-        record = await self._namespace.change(
-            lambda mirror: changes.link(mirror, inode.ino, parent.ino, name, time.time_ns())
-        )
+        with self._as_if_unmade((parent.ino, name), of=inode):
+            record = await self._namespace.change(
+                lambda mirror: changes.link(mirror, inode.ino, parent.ino, name, time.time_ns())
+            )
         return self._counted_since(parent, inode.ino, record)
 
     async def remove(self, parent: KernelInode, name: bytes, directory: bool) -> None:
         """unlink, or rmdir."""
-        await self._namespace.change(
-            lambda mirror: changes.remove(
-                mirror, parent.ino, name, directory, time.time_ns(), self._namespace.keep
+        with self._as_if_unmade((parent.ino, name)):
+            await self._namespace.change(
+                lambda mirror: changes.remove(
+                    mirror, parent.ino, name, directory, time.time_ns(), self._namespace.keep
+                )
             )
-        )
 
     async def rename(
         self,
@@ -197,11 +218,12 @@ class Tree:
     ) -> None:
         """Move a name."""
         old, new = (source[0].ino, source[1]), (target[0].ino, target[1])
-        renamed = await self._namespace.change(
-            lambda mirror: changes.rename(
-                mirror, old, new, keep_existing, time.time_ns(), self._namespace.keep
+        with self._as_if_unmade(old, new):
+            renamed = await self._namespace.change(
+                lambda mirror: changes.rename(
+                    mirror, old, new, keep_existing, time.time_ns(), self._namespace.keep
+                )
             )
-        )
         self._cache.renamed(old, new, renamed.ino)
 
     async def set_attributes(self, inode: KernelInode, change: AttributeChange) -> None:
@@ -212,11 +234,12 @@ class Tree:
         record = self._namespace.require(inode.ino)
         if only_repeats(record, change):
             return
-        await self._namespace.change(
-            lambda mirror: changes.set_attributes(
-                mirror, inode.ino, change, self._namespace.node_id, time.time_ns()
+        with self._as_if_unmade(of=inode):
+            await self._namespace.change(
+                lambda mirror: changes.set_attributes(
+                    mirror, inode.ino, change, self._namespace.node_id, time.time_ns()
+                )
             )
-        )
 
     async def set_xattr(self, inode: KernelInode, name: bytes, value: bytes | None) -> None:
         """Set an extended attribute, or remove it (None)."""

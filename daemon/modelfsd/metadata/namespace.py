@@ -9,7 +9,9 @@ make the answers exact though the mirror lags by milliseconds:
 
 Every transaction also puts `seq`, with an *operation id* that is used once. When etcd did not
 answer (`MetadataUncertain`), the same transaction is sent again: if it now fails its comparisons,
-the operation id tells whether that is because it had gone through the first time.
+the operation id tells whether that is because it had gone through the first time. What cannot be
+found out is *disowned*: it failed for the kernel, and should it have happened, or happen yet, that
+is announced like another node's change.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from modelfs.limits import INODE_BITS, INODE_BLOCK
 from modelfs.mirror import Mirror
 from modelfs.policy import Keep, Rules
 from modelfs.ports import Compare, Put, Target, Txn
-from modelfsd.metadata.feed import Feed
+from modelfsd.metadata.feed import OPERATIONS_REMEMBERED, Feed
 from modelfsd.metadata.group_commit import GroupCommit
 from modelfsd.stages import timed
 
@@ -71,12 +73,16 @@ class Namespace:
         self._run = f"{node_id}:{time.time_ns():x}"
         self._run_of_commands = f"{node_id}:command:{time.time_ns():x}"
         self._operations = itertools.count(1)
+        self._disowned: dict[str, None] = {}  # a set, in order
         self._free_inodes = iter(range(0))
         self._taking_inodes = trio.Lock()
 
     def is_own(self, origin: str) -> bool:
         """Whether a change in the mirror was made by this node's kernel, which knows it then."""
-        return origin.startswith(self._run)
+        is_ours = origin.startswith(self._run)
+        if is_ours and self._disowned:
+            return self._disowned.keys().isdisjoint(origin.split())
+        return is_ours
 
     @property
     def is_attached(self) -> bool:
@@ -133,7 +139,17 @@ class Namespace:
         `change`.
         """
         run = self._run if by_kernel else self._run_of_commands
-        revision = await self._commit(txn, run, patience_seconds)
+        operation = f"{run}:{next(self._operations):x}"
+        try:
+            return await self._attempt(txn, operation, patience_seconds)
+        except MetadataUncertain:
+            self._disowned[operation] = None
+            if len(self._disowned) > OPERATIONS_REMEMBERED:
+                del self._disowned[next(iter(self._disowned))]
+            raise
+
+    async def _attempt(self, txn: Txn, operation: str, patience_seconds: float) -> bool:
+        revision = await self._commit(txn, operation, patience_seconds)
         if revision is None:
             await self._feed.fresh()
             return False
@@ -144,11 +160,10 @@ class Namespace:
             raise MetadataUncertain(f"committed, but not seen again: {error}") from error
         return True
 
-    async def _commit(self, txn: Txn, run: str, patience_seconds: float) -> Revision | None:
+    async def _commit(self, txn: Txn, operation: str, patience_seconds: float) -> Revision | None:
         """The revision of the commit, or None if a comparison failed."""
         if not self.is_attached:  # since a moment ago, or since long: do not wait again
             raise MetadataUnavailable("no connection to etcd")
-        operation = f"{run}:{next(self._operations):x}"
         self.transactions += 1
         deadline = trio.current_time() + SETTLE_SECONDS
         uncertain: MetadataUncertain | None = None
