@@ -22,6 +22,7 @@ from modelfs.changes import Plan
 from modelfs.errors import (
     MetadataUnavailable,
     MetadataUncertain,
+    OutOfSpace,
     PeerUnavailable,
     ProtocolError,
     UserError,
@@ -44,6 +45,7 @@ LEAVE_SECONDS = 1.0  # to say goodbye; the last nodes of a cluster that stops ha
 WEIGHT_STEP = 0.2  # a capacity that changed by less is no reason to move chunks
 
 UNAVAILABLE = (MetadataUnavailable, MetadataUncertain)
+TAKES_NO_CHANGE = (*UNAVAILABLE, OutOfSpace)  # a full etcd can still be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Membership:
         """Register, or if etcd does not answer now, go on trying while reads are served."""
         try:
             await self.register()
-        except MetadataUnavailable as error:
+        except TAKES_NO_CHANGE as error:
             log.warning(
                 "starting without etcd (%s): reads only, of what this node knew last", error
             )
@@ -121,7 +123,7 @@ class Membership:
             await trio.sleep(1)
             try:
                 await self.register()
-            except MetadataUnavailable as error:
+            except TAKES_NO_CHANGE as error:
                 log.debug("still no etcd: %s", error)
                 continue
             log.info("etcd is back: this node is registered")
@@ -205,7 +207,7 @@ class Membership:
                 elif trio.current_time() >= next_report:
                     await self._report()
                     next_report = trio.current_time() + REPORT_SECONDS
-            except UNAVAILABLE as error:
+            except TAKES_NO_CHANGE as error:
                 log.warning("etcd takes no heartbeat: %s", error)
 
     async def leave(self) -> None:

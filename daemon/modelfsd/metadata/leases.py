@@ -19,7 +19,13 @@ from dataclasses import dataclass
 import trio
 
 from modelfs import changes
-from modelfs.errors import EntryExists, MetadataUnavailable, MetadataUncertain, WriterElsewhere
+from modelfs.errors import (
+    EntryExists,
+    MetadataUnavailable,
+    MetadataUncertain,
+    OutOfSpace,
+    WriterElsewhere,
+)
 from modelfs.ids import InodeNumber, Revision
 from modelfs.mirror import Change, LeaseChanged
 from modelfsd.metadata.namespace import Namespace
@@ -194,7 +200,7 @@ class Leases:
             self._waiter_count -= 1
 
     async def drop(self, ino: InodeNumber, token: Revision) -> None:
-        """Give a lease back. If etcd cannot be reached that is tried again later."""
+        """Give a lease back. If etcd cannot be reached, or is full, that is tried again later."""
         if ino in self._holders and self._holders[ino][0] == token:
             del self._holders[ino]
         if self._is_held(ino, token):
@@ -208,7 +214,7 @@ class Leases:
                 lambda mirror: changes.drop_leases(mirror, tokens),
                 patience_seconds=patience_seconds,
             )
-        except (MetadataUnavailable, MetadataUncertain) as error:
+        except (MetadataUnavailable, MetadataUncertain, OutOfSpace) as error:
             inodes = ", ".join(map(str, tokens))
             log.warning("the leases of inodes %s could not be given back: %s", inodes, error)
 

@@ -21,7 +21,7 @@ import msgspec
 import trio
 
 from modelfs import keys
-from modelfs.errors import MetadataUnavailable, ProtocolError, RemoteError, UserError
+from modelfs.errors import MetadataUnavailable, OutOfSpace, ProtocolError, RemoteError, UserError
 from modelfs.ids import NodeId
 from modelfs.mirror import Change, Mirror, SecurityChanged
 from modelfs.ports import Put, Txn
@@ -97,7 +97,7 @@ class Security:
             pause_seconds = CHECK_SECONDS
             try:
                 await self._follow()
-            except UNAVAILABLE as error:
+            except (*UNAVAILABLE, OutOfSpace) as error:
                 log.warning("what the cluster decided on its keys waits for etcd: %s", error)
                 pause_seconds = RETRY_SECONDS
             except ProtocolError as error:
