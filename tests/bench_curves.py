@@ -150,7 +150,7 @@ async def _start_feeds(node: LabNode, count: int, scratch: Path) -> Row:
 
         async def started() -> tuple[Feed, float, float]:
             replica = ReplicaFile(scratch / "namespace.sqlite", "bench")
-            feed = Feed(store, replica, node.name)
+            feed = Feed(store, replica)
             begun, used = time.perf_counter(), time.process_time()
             await feed.start()
             took, used = time.perf_counter() - begun, time.process_time() - used

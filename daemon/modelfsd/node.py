@@ -140,7 +140,7 @@ class Node:
         self._warnings: list[str] = []
         path = config.state_dir / "namespace.sqlite"
         self._replica = ReplicaFile(path, entered.identity.cluster)
-        self._feed = Feed(self._store, self._replica, entered.identity.node)
+        self._feed = Feed(self._store, self._replica)
         group = self._group = GroupCommit(self._store, nursery.start_soon)
         defaults = Rules(config.replicas, config.retain_seconds)
         self._namespace = Namespace(group, self._feed, entered.identity.node, defaults)

@@ -71,7 +71,7 @@ class Node:
         self.id, self.cluster, self.start = id, cluster, start
         self.store = cluster.stores[id]
         self.replica = ReplicaFile(directory / "namespace.sqlite", "c" * 16)
-        self.feed = Feed(cluster.etcd, self.replica, id)
+        self.feed = Feed(cluster.etcd, self.replica)
         self.namespace = Namespace(GroupCommit(cluster.etcd, start), self.feed, id)
         self.mirror = self.feed.mirror
         self.damaged: list[ChunkRef] = []

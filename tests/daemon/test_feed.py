@@ -20,7 +20,6 @@ from modelfs.testing.metadata import MemoryMetadataStore
 from modelfsd.metadata.feed import WAIT_SECONDS, Feed
 from modelfsd.metadata.replica_file import ReplicaFile
 
-NODE = "a" * 16
 BROKEN = "the watch of the namespace broke"
 AWAY = "out of reach"
 
@@ -62,7 +61,7 @@ async def test_through_breaks_and_compactions_the_mirror_and_the_file_stay_true(
 ) -> None:
     store = CountingStore()
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    feed = Feed(store, replica, NODE)
+    feed = Feed(store, replica)
     told: dict[bytes, int] = {}
 
     def listen(changes: list[Change]) -> None:
@@ -110,7 +109,7 @@ async def test_through_breaks_and_compactions_the_mirror_and_the_file_stay_true(
 async def test_fresh_shares_reads_but_never_one_that_began_before_the_call(tmp_path: Path) -> None:
     store = CountingStore()
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    feed = Feed(store, replica, NODE)
+    feed = Feed(store, replica)
     async with feed.running():
         await until_attached(feed)
         store.gets, store.gate = 0, trio.Event()
@@ -137,7 +136,7 @@ async def test_fresh_shares_reads_but_never_one_that_began_before_the_call(tmp_p
 async def test_a_cancelled_caller_does_not_spoil_the_read_of_the_others(tmp_path: Path) -> None:
     store = CountingStore()
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    feed = Feed(store, replica, NODE)
+    feed = Feed(store, replica)
     async with feed.running():
         await until_attached(feed)
         store.gate = trio.Event()
@@ -168,7 +167,7 @@ async def test_a_short_break_is_waited_out_and_a_long_one_is_not(
 ) -> None:
     store = CountingStore()
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    feed = Feed(store, replica, NODE)
+    feed = Feed(store, replica)
     async with feed.running():
         await until_attached(feed)
         store.break_watches()
@@ -198,14 +197,14 @@ async def test_a_restart_goes_on_from_the_file_also_without_etcd(
     store = CountingStore()
     await put_name(store, b"a", 1, b"x")
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    async with Feed(store, replica, NODE).running():
+    async with Feed(store, replica).running():
         await trio.sleep(1)
         await put_name(store, b"b", 2, b"x")
         await trio.sleep(1)
     replica.close()
     store.unavailable = True
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    feed = Feed(store, replica, NODE)
+    feed = Feed(store, replica)
     async with feed.running():
         assert names(feed.mirror) == {b"a": 3, b"b": 4}
         await trio.sleep(20)
@@ -224,7 +223,7 @@ async def test_a_revision_that_never_comes_is_waited_for_in_bounded_time(
 ) -> None:
     store = CountingStore()
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    feed = Feed(store, replica, NODE)
+    feed = Feed(store, replica)
     async with feed.running():
         begun = trio.current_time()
         with pytest.raises(MetadataUnavailable):
@@ -239,7 +238,7 @@ async def test_what_arrives_as_the_feed_is_detached_is_in_the_file_too(
 ) -> None:
     store = CountingStore()
     replica = ReplicaFile(tmp_path / "r", "c" * 16)
-    feed = Feed(store, replica, NODE)
+    feed = Feed(store, replica)
     async with feed.running():
         await until_attached(feed)
         await trio.testing.wait_all_tasks_blocked()

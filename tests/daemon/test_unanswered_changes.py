@@ -14,9 +14,10 @@ import pytest
 import trio
 import trio.testing
 
+from modelfs import keys
 from modelfs.errors import MetadataUncertain
 from modelfs.ids import ROOT_INODE
-from modelfs.ports import Txn, TxnResult
+from modelfs.ports import Put, Txn, TxnResult
 from modelfs.testing.metadata import CommitFault, MemoryMetadataStore
 from modelfsd.kernel.tree import Caller, NewInode, Tree
 from modelfsd.metadata.namespace import SETTLE_SECONDS
@@ -107,3 +108,19 @@ async def test_what_the_kernel_believes_is_not_opened(
             await tree.rename((root, b"temporary"), (root, b"final"), False)
         assert trio.current_time() > SETTLE_SECONDS
         assert inode.is_current and node.cache.must_look_again(inode)
+
+
+async def test_an_unanswered_change_is_known_after_many_others(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.namespace.new_inode_number()
+        cluster.etcd.next_commit_fault = CommitFault.APPLIED
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.make_file, b"f")
+            await trio.testing.wait_all_tasks_blocked()  # it is about to be sent again
+            # Others of this node that were answered meanwhile, from another member.
+            others = " ".join(f"{node.id}:run:{number:x}" for number in range(10_000))
+            await cluster.etcd.commit(Txn((), (Put(keys.SEQ, others.encode()),)))
+        assert node.mirror.child(ROOT_INODE, b"f") is not None

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 
@@ -43,7 +42,6 @@ from modelfsd.stages import timed
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.2  # between attempts to watch: etcd's own reconnect is about as fast
-OPERATIONS_REMEMBERED = 4096  # of our own transactions, to settle the uncertain ones
 FILE_BATCHES_MAX = 4096  # watch batches that wait for the replica file
 FILE_PAUSE_SECONDS = 0.25  # what comes meanwhile is written with it, in one transaction
 WAIT_SECONDS = 10.0  # for a revision that etcd has and the watch has not brought yet
@@ -54,14 +52,14 @@ Listener = Callable[[list[Change]], None]
 class Feed:
     """Feeds one mirror from one store. `run` is its only task besides the callers."""
 
-    def __init__(self, store: MetadataStore, replica: ReplicaFile, node_id: str) -> None:
+    def __init__(self, store: MetadataStore, replica: ReplicaFile) -> None:
         self.mirror = Mirror()
         self.is_attached = False
-        self._store, self._replica, self._node_id = store, replica, node_id
+        self._store, self._replica = store, replica
         self._listeners: list[Listener] = []
         self._waiters: list[tuple[Revision, int, trio.Event]] = []
         self._waiter_count = 0
-        self._own_operations: OrderedDict[str, Revision] = OrderedDict()
+        self._followed: dict[str, Revision | None] = {}  # our operations that are under way
         self._broken_since: float | None = None  # trio's clock; None while the watch holds
         self._watching = trio.CancelScope()
         self._waiting_for_fresh: set[trio.CancelScope] = set()
@@ -148,10 +146,8 @@ class Feed:
         for event in batch.events:
             if event.key == keys.SEQ and event.value is not None:
                 for operation in event.value.decode("ascii", "replace").split():
-                    if operation.startswith(self._node_id):
-                        self._own_operations[operation] = event.mod_revision
-        while len(self._own_operations) > OPERATIONS_REMEMBERED:
-            self._own_operations.popitem(last=False)
+                    if operation in self._followed:
+                        self._followed[operation] = event.mod_revision
         self._announce(self.mirror.apply(batch.events))
 
     async def _reload_until_done(self) -> None:
@@ -256,9 +252,18 @@ class Feed:
                 self._round = None
             round_.done.set()
 
+    @contextmanager
+    def following(self, operation: str) -> Iterator[None]:
+        """Around an operation that may have to be settled: notice when it takes effect."""
+        self._followed[operation] = None
+        try:
+            yield
+        finally:
+            del self._followed[operation]
+
     def revision_of(self, operation: str) -> Revision | None:
-        """The revision at which one of our own operations took effect, if the mirror has it."""
-        return self._own_operations.get(operation)
+        """The revision at which a followed operation took effect, if the mirror has it."""
+        return self._followed[operation]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -41,7 +41,7 @@ from modelfs.limits import INODE_BITS, INODE_BLOCK
 from modelfs.mirror import Mirror
 from modelfs.policy import Keep, Rules
 from modelfs.ports import Compare, Put, Target, Txn
-from modelfsd.metadata.feed import OPERATIONS_REMEMBERED, Feed
+from modelfsd.metadata.feed import Feed
 from modelfsd.metadata.group_commit import GroupCommit
 from modelfsd.stages import timed
 
@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 CONFLICTS_MAX = 100  # attempts at one change; each failure means that somebody else succeeded
 RETRY_SECONDS = 0.2  # between attempts to get an answer
 SETTLE_SECONDS = 15.0  # to find out what became of an unanswered transaction
+DISOWNED_MAX = 4096  # operations that got no answer: only the latest can still take effect
 
 _COUNTER = re.compile(rb"[0-9]{1,8}")
 
@@ -144,12 +145,13 @@ class Namespace:
             return await self._attempt(txn, operation, patience_seconds)
         except MetadataUncertain:
             self._disowned[operation] = None
-            if len(self._disowned) > OPERATIONS_REMEMBERED:
+            if len(self._disowned) > DISOWNED_MAX:
                 del self._disowned[next(iter(self._disowned))]
             raise
 
     async def _attempt(self, txn: Txn, operation: str, patience_seconds: float) -> bool:
-        revision = await self._commit(txn, operation, patience_seconds)
+        with self._feed.following(operation):
+            revision = await self._commit(txn, operation, patience_seconds)
         if revision is None:
             await self._feed.fresh()
             return False
