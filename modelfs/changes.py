@@ -41,7 +41,7 @@ from modelfs.errors import (
     TooManyLinks,
     WriteLost,
 )
-from modelfs.history import DELETED, NAMES_KEPT_MAX, REPLACED, REWRITTEN
+from modelfs.history import DELETED, KEPT_BYTES_MAX, NAMES_KEPT_MAX, REPLACED, REWRITTEN
 from modelfs.ids import InodeNumber, NodeId, Revision
 from modelfs.inode import Dentry, Inode, Policy, check_name, encode, encode_dirtime
 from modelfs.limits import LINKS_MAX
@@ -85,12 +85,17 @@ class _Draft:
 
     def keep(
         self, keep: Keep | None, mirror: Mirror, name: Name, ino: InodeNumber, why: str, now_ns: int
-    ) -> None:
-        """Put what a name shows now into its history. The caller compares the dentry or inode."""
-        record = mirror.inode(ino)
+    ) -> int:
+        """Put what a name shows now into its history; returns how many bytes that takes.
+
+        The caller compares the dentry or inode.
+        """
+        record, size_bytes = mirror.inode(ino), 0
         if keep is not None and record is not None:
             for key, value in keep.entry(mirror, name, ino, record, why, now_ns):
                 self.put(key, value)
+                size_bytes += len(key) + len(value)
+        return size_bytes
 
     def plan(self, result: Result) -> Plan[Result]:
         return Plan(Txn(tuple(self.compares), tuple(self.ops.values())), result)
@@ -345,8 +350,10 @@ def commit_contents(
     draft.unchanged(keys.inode(ino), row)
     draft.put(keys.inode(ino), encode(committed))
     if record.size:
+        room_bytes = KEPT_BYTES_MAX
         for name in sorted(mirror.names.get(ino, ()))[:NAMES_KEPT_MAX]:
-            draft.keep(keep, mirror, name, ino, REWRITTEN, now_ns)
+            if room_bytes > 0:
+                room_bytes -= draft.keep(keep, mirror, name, ino, REWRITTEN, now_ns)
     return draft.plan(committed)
 
 

@@ -35,10 +35,11 @@ from modelfs import keys
 from modelfs.errors import ProtocolError
 from modelfs.ids import InodeNumber
 from modelfs.inode import Inode, check_inode, is_retention
-from modelfs.limits import INODE_BITS, NAME_BYTES_MAX, RECORD_BYTES_MAX
+from modelfs.limits import INODE_BITS, KIB, NAME_BYTES_MAX, RECORD_BYTES_MAX
 
 REWRITTEN, REPLACED, DELETED = "rewritten", "replaced", "deleted"
 NAMES_KEPT_MAX = 16  # of one inode, when it is rewritten: an entry each, in one transaction
+KEPT_BYTES_MAX = 512 * KIB  # then no further name: two records more still fit into the transaction
 
 
 class Retained(msgspec.Struct, array_like=True, frozen=True, kw_only=True):

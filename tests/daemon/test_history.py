@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
+from modelfs import changes
 from modelfs.errors import MetadataUnavailable, UserError
 from modelfs.holdings import Holdings
-from modelfs.limits import KIB
+from modelfs.ids import ROOT_INODE
+from modelfs.limits import KIB, XATTRS_BYTES_MAX
 from modelfs.mirror import Change, InodeChanged
+from modelfs.xattrs import set_xattr
 from modelfsd.metadata import history as history_module
 from modelfsd.metadata.policies import Policies
 from modelfsd.storage.survey import Survey
 from tests.daemon.history_parts import (
     HOUR_NS,
+    entries,
     history_of,
     remove,
     restore,
@@ -176,3 +181,26 @@ async def test_a_name_that_keeps_changing_is_given_up(
         monkeypatch.setattr(history_module, "ATTEMPTS_MAX", 3)
         with pytest.raises(UserError, match="keeps being changed"):
             await history.restore({"path": ["f"], "number": 2})
+
+
+async def test_a_file_of_many_names_and_much_beside_its_contents_can_be_written(
+    tmp_path: Path,
+) -> None:
+    """The history of its names would not fit into the one transaction."""
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        ino = await node.make_file(b"f")
+        for number in range(15):
+            await node.namespace.change(
+                partial(changes.link, ino=ino, parent=ROOT_INODE, name=b"g%d" % number, now_ns=1)
+            )
+        for name in (b"user.a", b"user.b", b"user.c"):
+            value = bytes(XATTRS_BYTES_MAX // 3 - 1000)
+            await node.namespace.change(
+                partial(set_xattr, ino=ino, name=name, value=value, now_ns=1)
+            )
+        await node.write_file(b"f", b"first")
+        await node.write_file(b"f", b"second")
+        assert await node.read_file(b"g14") == b"second"
+        kept = await entries(node)
+        assert 0 < len(kept) < 16
