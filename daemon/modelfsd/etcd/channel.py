@@ -36,7 +36,7 @@ from modelfs.errors import (
     ProtocolError,
 )
 from modelfs.limits import ETCD_REQUEST_SECONDS, MIB
-from modelfsd.etcd.connection import UNCONNECTED, CallFailed, EtcdConnection
+from modelfsd.etcd.connection import UNCONNECTED, CallFailed, EtcdConnection, parsed
 from modelfsd.etcd.http2 import NOT_TAKEN, TOO_LARGE, Status, request_headers
 
 Response = TypeVar("Response")
@@ -368,8 +368,7 @@ class EtcdChannels:
                 connection = await self._connection(endpoint)
                 message = request.SerializeToString()
                 data = await connection.call(headers, message, RESPONSE_BYTES_MAX)
-                response: Response = response_type.FromString(data)  # type: ignore[attr-defined]
-                return response
+                return parsed(response_type, data)
         except CallFailed as failure:
             return _Failure(failure.status, failure.text)
         if connection is None:

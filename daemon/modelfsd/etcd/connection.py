@@ -15,12 +15,16 @@ import socket
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import trio
+from google.protobuf.message import DecodeError
 
 from modelfs.errors import ProtocolError
 from modelfsd.etcd.http2 import Http2Client, MessageReceived, Status, StreamEnded
 from modelfsd.socket_paths import short_path
+
+Message = TypeVar("Message")
 
 RECEIVE_BYTES = 256 << 10
 RECORD_BYTES = 16 << 10  # the most that one recv gives with TLS: then there is probably more
@@ -34,6 +38,15 @@ class CallFailed(Exception):
     def __init__(self, status: Status, text: str) -> None:
         super().__init__(text)
         self.status, self.text = status, text
+
+
+def parsed(message_type: type[Message], data: bytes) -> Message:
+    """A protobuf message. Raises `CallFailed` if that is none: a member may be broken, or worse."""
+    try:
+        message: Message = message_type.FromString(data)  # type: ignore[attr-defined]
+    except DecodeError as error:
+        raise CallFailed(Status.INTERNAL, f"not an answer of etcd's: {error}") from error
+    return message
 
 
 @dataclass(slots=True, eq=False)

@@ -28,7 +28,7 @@ from modelfs.ids import Revision
 from modelfs.ports import Event, WatchBatch
 from modelfsd.etcd import etcd_rpc_pb2 as rpc
 from modelfsd.etcd.channel import RESPONSE_BYTES_MAX, EtcdChannels
-from modelfsd.etcd.connection import CallFailed, EtcdConnection
+from modelfsd.etcd.connection import CallFailed, EtcdConnection, parsed
 
 PROBE_SECONDS = 1.5
 SILENCE_SECONDS = 5.0
@@ -116,7 +116,7 @@ class EtcdWatch:
             while trio.current_time() < deadline:
                 with trio.move_on_after(PROBE_SECONDS):
                     messages = await self._connection.messages(self._call)
-                    self._arrived.extend(map(rpc.WatchResponse.FromString, messages))
+                    self._arrived.extend(parsed(rpc.WatchResponse, one) for one in messages)
                     return
                 with trio.move_on_at(deadline):
                     await self._connection.send(self._call, _PROGRESS)
