@@ -31,6 +31,7 @@ from modelfsd.writing.staging import DESCRIPTION, JOURNAL
 
 DESCRIPTION_BYTES_MAX = 1 << 20
 CHUNK_NAME_BYTES = 32
+CRASHED = "the daemon ended before the file was closed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,8 @@ class _Replay:
             if record["file"] in self._journaled:
                 self._journaled[record["file"]].clip(within)
         elif "written" in record:
+            if record["file"] in self._sealed_files:
+                self._unseal(record["file"])
             extents = self._journaled.setdefault(record["file"], Extents())
             for start, end in record["extents"]:
                 extents.add(_count(start, CHUNK_BYTES_MAX), _count(end, CHUNK_BYTES_MAX))
@@ -233,6 +236,15 @@ class _Replay:
             length = min(length, last.within)  # it was on its way when the file was cut
         start, _ = stripe.span(self.layout.base.chunk_bytes, index)
         self.layout.size = max(self.layout.size, start + length)
+
+    def _unseal(self, file: str) -> None:
+        """It did not become a chunk after all."""
+        self._sealed_files.remove(file)
+        index, _ = _require_parts(file)
+        sealed = self.layout.sealed.get(index)
+        if sealed is not None and sealed.file == file:
+            del self.layout.sealed[index]
+            self._journaled.setdefault(file, Extents()).add(0, sealed.length)
 
     def add_staged(self, file: str, size: int) -> None:
         """A staging file that is there; the latest of a position comes last."""

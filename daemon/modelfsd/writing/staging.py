@@ -27,7 +27,9 @@ Records of the journal, in the order in which things happened to any one positio
     {"seal": index, "file": name, "length": bytes, "chunk": {"id", "checksum", "length", "epoch"}}
         before the chunk is put: the staging file is complete, and is about to become this chunk
         (null: all zeros). If the file is still there it holds the same bytes, perhaps and a trailer
-    {"written": index, "file": name, "extents": [[start, end], ...]}     offsets in the position
+    {"written": index, "file": name, "extents": [[start, end], ...]}     offsets in the position.
+        After a `seal` of that file: it did not become a chunk, and goes on as a staging file that
+        was written up to that length
     {"grow": size}                       the file was made longer
     {"cut": size, "serial": n}           the file was made shorter; staging files with a smaller
                                          serial that lie wholly past its end are void. A position
@@ -200,7 +202,10 @@ class StagingDirectory:
     def note_seal(
         self, index: int, staged: StagedChunk, length: int, ref: ChunkRef | None, epoch: Epoch
     ) -> None:
-        """A staging file is about to become a chunk; None: it is all zeros."""
+        """A staging file is about to become a chunk; None: it is all zeros.
+
+        Should it not become one, and be written once more, its length no longer says all.
+        """
         chunk = ref and {
             "id": ref.id.hex(),
             "checksum": ref.checksum,
@@ -208,6 +213,7 @@ class StagingDirectory:
             "epoch": epoch,
         }
         self._note({"seal": index, "file": staged.path.name, "length": length, "chunk": chunk})
+        staged.is_journaled = True
 
     def note_size(self, size: int, shrinks: bool) -> None:
         """The file is being set to another size."""

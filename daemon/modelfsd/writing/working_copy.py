@@ -27,7 +27,7 @@ import trio
 
 from modelfs import stripe
 from modelfs.chunk import Buffer, is_zeros
-from modelfs.errors import FileTooLarge
+from modelfs.errors import FileTooLarge, ModelfsError
 from modelfs.ids import InodeNumber
 from modelfs.inode import Inode, small_contents
 from modelfs.limits import FILE_BYTES_MAX, INLINE_BYTES_MAX
@@ -36,7 +36,7 @@ from modelfsd.storage.contents import Contents, zeros
 from modelfsd.storage.replicator import Placements, Replicator
 from modelfsd.writing.assembly import AssemblyMemory
 from modelfsd.writing.batch import Batch
-from modelfsd.writing.layout import Description
+from modelfsd.writing.layout import CRASHED, Description
 from modelfsd.writing.staging import (
     StagedChunk,
     StagingDirectory,
@@ -45,8 +45,6 @@ from modelfsd.writing.staging import (
     set_length,
     write_at,
 )
-
-CRASHED = "the daemon ended before the file was closed"
 
 
 class WorkingCopy:
@@ -183,8 +181,6 @@ class WorkingCopy:
 
     async def truncate(self, size: int) -> None:
         """Set the file's size. What is cut off reads as zeros should the file grow again."""
-        if size > FILE_BYTES_MAX:
-            raise FileTooLarge(f"inode {self.ino} would grow past {FILE_BYTES_MAX} bytes")
         shrinks = size < self.size
         if self._held is not None and size <= INLINE_BYTES_MAX:
             self._hold(size)
@@ -198,9 +194,8 @@ class WorkingCopy:
         if not shrinks:
             return
         border, within = stripe.locate(self.base.chunk_bytes, size)
-        for index in [i for i in (*self._staged, *self.sealed) if i > border or not within]:
-            if index >= border:
-                await self._discard(index)
+        for index in [i for i in (*self._staged, *self.sealed) if i >= border + bool(within)]:
+            await self._discard(index)
         self.base_limit = min(self.base_limit, size)
         if within:
             await self._cut(border, within)
@@ -313,8 +308,14 @@ class WorkingCopy:
         named = await trio.to_thread.run_sync(
             self._files.name, index, staged, data, self._replicator.epoch, limiter=self._limiter
         )
-        where, file = self.placements, staged.path
-        return named and await self._replicator.put(*named, data, self.base.replicas, where, file)
+        where, file, replicas = self.placements, staged.path, self.base.replicas
+        try:
+            return named and await self._replicator.put(*named, data, replicas, where, file)
+        except (ModelfsError, OSError):
+            if named and not file.exists():  # the copy that was made here took it
+                self.sealed[index] = PlacedChunk(named[0], self._replicator.epoch)
+                del self._staged[index]
+            raise
 
     async def _whole(self, index: int, staged: StagedChunk, length: int) -> Buffer:
         """All bytes of a staged position; what lies in its gaps is in its file then as well."""
@@ -364,10 +365,9 @@ class WorkingCopy:
         self.mtime_ns = None
         if not self._files.is_made:
             return None
-        done = self._files
         self._commit_count += 1
         name = f"{self._directory.name}-{self._commit_count}"
-        self._files = StagingDirectory(self._directory.with_name(name))
+        done, self._files = self._files, StagingDirectory(self._directory.with_name(name))
         return done
 
     def start_over(self, latest: Inode) -> None:
