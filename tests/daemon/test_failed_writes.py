@@ -6,12 +6,16 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import trio
+import trio.testing
 
+from modelfs import changes
 from modelfs.chunk import Buffer, ChunkRef
-from modelfs.errors import OutOfSpace
-from modelfs.ids import NodeId
-from modelfs.limits import KIB
+from modelfs.errors import OutOfSpace, WriteLost
+from modelfs.ids import ROOT_INODE, NodeId
+from modelfs.limits import KIB, MIB
 from modelfs.testing.stores import MemoryPeers
+from modelfsd.writing import staging
 from tests.daemon.node_parts import cluster_of
 from tests.daemon.recover_parts import rebuilt
 
@@ -25,6 +29,58 @@ class FullPeers(MemoryPeers):
         self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer, offer: bool = False
     ) -> bool:
         raise OutOfSpace("no room there")
+
+
+@pytest.mark.expected_logs(LOST)
+@pytest.mark.parametrize("starts_over", [False, True])
+async def test_many_writes_wait_for_another_writer_no_longer_than_one(
+    tmp_path: Path, virtual_time: trio.testing.MockClock, starts_over: bool
+) -> None:
+    """The kernel sends dirty pages in many requests at once, and close() waits for all of them."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = one.writer.session_of(await one.look_up(b"f"))
+        if starts_over:
+            session.start_over()
+            await two.write_file(b"f", b"theirs")
+            await trio.sleep(1)
+        other = await two.open(b"f")
+        begun = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            for offset in range(0, 4 * MIB, MIB):
+                nursery.start_soon(session.write, offset, bytes(MIB))
+        assert trio.current_time() - begun == pytest.approx(one.lock_wait_seconds, abs=1)
+        with pytest.raises(WriteLost, match="another node went on writing it"):
+            await session.flush()
+        await session.release()
+        await other.release()
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_who_can_commit_nothing_keeps_no_other_writer_away(
+    tmp_path: Path, virtual_time: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+
+        def full(*args: object) -> None:
+            raise OutOfSpace("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "write_at", full)
+            with pytest.raises(OutOfSpace):
+                await session.write(0, bytes(5000))
+        await one.write_file(b"f", b"again")  # the program tries once more, the old handle open
+        await two.write_file(b"f", b"elsewhere")
+        assert await one.read_file(b"f") == b"elsewhere"
+        with pytest.raises(WriteLost):
+            await session.flush()
+        await session.release()
+        await trio.sleep(1)
+        assert one.mirror.lease(session.inode.ino) is None
 
 
 @pytest.mark.expected_logs(LOST)
@@ -62,3 +118,25 @@ async def test_what_could_not_be_replicated_is_read_and_recovered_whole(
         await session.release()
         (kept,) = node.writer.lost_dir.iterdir()
         assert rebuilt(node.state_dir, kept.name, cluster) == data
+
+
+@pytest.mark.expected_logs("etcd is out of reach")
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_an_unlinked_file_needs_no_lease(tmp_path: Path, is_known: bool) -> None:
+    """Nobody else will ever see its bytes, so there is nothing to lose."""
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        session = await node.open(b"f")
+        await session.write(0, b"x" * 5000)
+        await node.namespace.change(lambda m: changes.remove(m, ROOT_INODE, b"f", False, 1))
+        if is_known:
+            await session.flush()
+        await cluster.lapse(cluster.leases[node.id])
+        node.feed.detach()
+        await session.write(5000, b"y")
+        await session.flush()
+        assert await session.read(4999, 2) == b"xy"
+        await session.release()
+        assert session.failure is None
+        assert not list(node.writer.lost_dir.iterdir())

@@ -59,16 +59,8 @@ class WriteSession:
         self._releasing = 0  # handles that are being given up
         self.failure: ModelfsError | OSError | None = None
         self._writer = writer
-        self.copy = WorkingCopy(
-            inode.ino,
-            inode.record,
-            directory,
-            writer.contents,
-            writer.replicator,
-            writer.limiter,
-            writer.memory,
-            str(self),
-        )
+        parts = writer.contents, writer.replicator, writer.limiter, writer.memory
+        self.copy = WorkingCopy(inode.ino, inode.record, directory, *parts, str(self))
         self._token: Revision | None = None
         self._starts_over = False  # opened with O_TRUNC, and nothing written since
         self._is_unlinked = False  # its last name is gone: there is nothing to commit to
@@ -97,6 +89,7 @@ class WriteSession:
         async with self._leasing:
             if self._token is not None:
                 return
+            self.require_sound()  # another WRITE has waited in vain, and need not be followed
             ino = self.inode.ino
             with timed("lease"):
                 token = await self._writer.leases.take(ino, self._lose, wait_seconds)
@@ -113,10 +106,14 @@ class WriteSession:
             self._writer.leases.reserve(self.inode.ino, token, RESERVED_SECONDS)
 
     def _lose(self, reason: str) -> None:
-        if self.copy.is_dirty and not self._is_unlinked:
+        self._token = None  # if nothing was written, the next write may take it again
+        if self.copy.is_dirty and not self._has_no_name:
             self._poison(WriteLost(self.inode.ino, reason))
-        else:
-            self._token = None  # nothing was written: the next write may take it again
+
+    @property
+    def _has_no_name(self) -> bool:
+        """Whether the file is unlinked, as far as is known here: nobody else will see its bytes."""
+        return self._is_unlinked or self._writer.namespace.mirror.inode_row(self.inode.ino) is None
 
     # ------------------------------------------------------------ writing
 
@@ -148,7 +145,7 @@ class WriteSession:
 
     async def _first_lease(self) -> None:
         """The lease, unless the file is unlinked. Raises `WriterElsewhere` and `WriteLost`."""
-        if self._token is not None or self.inode.record.nlink == 0:
+        if self._token is not None or self._has_no_name:
             return
         with suppress(NoSuchEntry):  # unlinked: nobody else will ever see these bytes
             try:
@@ -172,6 +169,7 @@ class WriteSession:
         async with self._leasing:
             if self._token is not None:
                 return  # another WRITE has come so far meanwhile
+            self.require_sound()
             ino = self.inode.ino
             token = await self._writer.leases.take(ino, self._lose, wait_seconds)
             latest = self._writer.namespace.mirror.inode(ino)
@@ -308,11 +306,13 @@ class WriteSession:
         except (ModelfsError, OSError) as error:
             log.error("%s was closed with writes that could not be committed: %s", self, error)
         async with self._leasing:
-            if self.handles:
-                return  # opened again meanwhile
-            token, self._token = self._token, None
-            if token is not None:
-                self._writer.leases.linger(self.inode.ino, token)
+            if not self.handles:  # else it was opened again meanwhile
+                self._give_lease_back()
+
+    def _give_lease_back(self) -> None:
+        token, self._token = self._token, None
+        if token is not None:
+            self._writer.leases.linger(self.inode.ino, token)
 
     async def end_unless_used(self) -> None:
         """A handle is closed: end the session, unless another one needs it.
@@ -358,6 +358,7 @@ class WriteSession:
             return
         self.failure = failure
         log.error("writes to %s cannot be committed, they are kept: %s", self, failure)
+        self._give_lease_back()
         self._writer.retire(self.inode)
         self._writer.start_soon(self._describe_loss)
 
