@@ -64,6 +64,7 @@ class Handle:
 
     inode: KernelInode
     session: WriteSession | None
+    starts_over: bool = False  # opened with O_TRUNC: see `WriteSession.start_over`
 
     def require_session(self) -> WriteSession:
         """The session of a handle that may be written."""
@@ -142,19 +143,17 @@ class Files:
             if flags & os.O_TRUNC:
                 # Part of what the handle commits: nobody sees an empty version in between, and a
                 # writer that dies leaves the old one.
-                session.start_over()
+                await self._clear_set_ids(inode, caller)  # may fail: then the file is as it was
                 await session.truncate(0)
-                await self._clear_set_ids(inode, caller)
+                session.start_over()
         except BaseException as error:
             await session.release()
             if isinstance(error, StaleHandle):
                 if has_looked_again:  # the kernel would tell the application ESTALE
-                    raise WriterElsewhere(
-                        f"inode {inode.ino} was written twice meanwhile"
-                    ) from error
+                    raise WriterElsewhere(f"inode {inode.ino} was written twice") from error
                 self._sent_opens.send(caller, inode)
             raise
-        return self._new_handle(inode, session)
+        return self._new_handle(inode, session, flags)
 
     async def _clear_set_ids(self, inode: KernelInode, caller: Caller) -> None:
         """O_TRUNC takes the set-id bits, as writing does. The kernel leaves this one to us."""
@@ -198,9 +197,9 @@ class Files:
             may_remember &= calls.note_lookup(caller, entry, inode)
         return may_remember
 
-    def _new_handle(self, inode: KernelInode, session: WriteSession | None) -> int:
+    def _new_handle(self, inode: KernelInode, session: WriteSession | None, flags: int = 0) -> int:
         self._last_handle += 1
-        self._handles[self._last_handle] = Handle(inode, session)
+        self._handles[self._last_handle] = Handle(inode, session, bool(flags & os.O_TRUNC))
         inode.handles += 1
         self.uses.of(inode.ino).opens += 1
         return self._last_handle
@@ -314,7 +313,7 @@ class Files:
         inode.handles -= 1
         try:
             if handle.session is not None:
-                await handle.session.release()
+                await handle.session.release(handle.starts_over)
             elif session is not None:
                 await session.end_unless_used()
         finally:
@@ -333,11 +332,7 @@ class Files:
         """ftruncate() on a handle, or truncate() by path: then committed at once."""
         session = self._handles[number].session if number is not None else None
         if session is not None:
-            await session.truncate(size)
-            session.copy.mtime_ns = mtime_ns
-            if mtime_ns is not None and not session.copy.is_dirty and inode.is_current:
-                # The size is as it was, so nothing will be committed: the time goes on its own.
-                await self.set_attributes(inode, AttributeChange(mtime_ns=mtime_ns), caller)
+            await self._set_size(session, size, mtime_ns, caller)
             return
         has_looked_again = self._sent_truncates.is_back(caller, inode)
         await self._namespace.fresh()
@@ -347,23 +342,31 @@ class Files:
             session.require_sound()
             if self._has_name(inode):
                 await session.ensure_lease()
-            await session.truncate(size)
-            session.copy.mtime_ns = mtime_ns
+            await self._set_size(session, size, mtime_ns, caller)
             await session.flush()
         except StaleHandle as error:
             if has_looked_again:  # the kernel would tell the application ESTALE
-                raise WriterElsewhere(f"inode {inode.ino} was written twice meanwhile") from error
+                raise WriterElsewhere(f"inode {inode.ino} was written twice") from error
             self._sent_truncates.send(caller, inode)
         finally:
             await session.release()
+
+    async def _set_size(
+        self, session: WriteSession, size: int, mtime_ns: int | None, caller: Caller
+    ) -> None:
+        inode = session.inode
+        await session.truncate(size)
+        session.copy.mtime_ns = mtime_ns
+        if mtime_ns is not None and not session.copy.is_dirty and inode.is_current:
+            # The size is as it was, so nothing will be committed: the time goes on its own.
+            await self.set_attributes(inode, AttributeChange(mtime_ns=mtime_ns), caller)
 
     async def set_attributes(
         self, inode: KernelInode, change: AttributeChange, caller: Caller
     ) -> None:
         """As `Tree.set_attributes`, but the mtime of uncommitted writes waits for their commit."""
-        session = inode.session
-        if session is not None and session.copy.is_dirty and change.mtime_ns is not None:
-            session.copy.mtime_ns = change.mtime_ns
+        mtime_ns, session = change.mtime_ns, inode.session
+        if session is not None and mtime_ns is not None and await session.set_mtime(mtime_ns):
             change = AttributeChange(change.permissions, change.uid, change.gid, change.atime_ns)
         if inode.record.is_file and not inode.handles:
             if not inode.is_current and only_repeats(inode.record, change):

@@ -62,7 +62,8 @@ class WriteSession:
         parts = writer.contents, writer.replicator, writer.limiter, writer.memory
         self.copy = WorkingCopy(inode.ino, inode.record, directory, *parts, str(self))
         self._token: Revision | None = None
-        self._starts_over = False  # opened with O_TRUNC, and nothing written since
+        self._starters = 0  # handles that were opened with O_TRUNC
+        self._starts_over = False  # one of them is there, and nothing was written since
         self._is_unlinked = False  # its last name is gone: there is nothing to commit to
         self._is_short = False  # bytes were refused: none that come later are taken
         self._leasing = trio.Lock()
@@ -161,7 +162,9 @@ class WriteSession:
 
         So of several nodes that open one name with O_TRUNC at the same time, each commits its own
         contents, one after the other, and the last stands; as if each had opened it in its turn.
+        Whoever closes such a handle says so: what is written through others is refused again.
         """
+        self._starters += 1
         self._starts_over = not self.copy.is_dirty and not self.copy.size
 
     async def start_over_now(self, wait_seconds: float | None = None) -> None:
@@ -193,6 +196,16 @@ class WriteSession:
             except (ModelfsError, OSError) as error:
                 self._poison(error)
                 raise
+
+    async def set_mtime(self, mtime_ns: int) -> bool:
+        """The time that the next commit will give the file; False if nothing is to be committed.
+
+        Waits for a commit that is under way: that has its time already.
+        """
+        async with self._gate.shared():
+            if self.copy.is_dirty:
+                self.copy.mtime_ns = mtime_ns
+            return self.copy.is_dirty
 
     async def _seal_soon(self, index: int) -> None:
         """Name and send a complete chunk while the application goes on writing.
@@ -286,8 +299,10 @@ class WriteSession:
 
     # ------------------------------------------------------------ ending
 
-    async def release(self) -> None:
+    async def release(self, started_over: bool = False) -> None:
         """One writable handle less; with the last, commit what came after the last flush."""
+        self._starters -= started_over
+        self._starts_over = self._starts_over and self._starters > 0
         self.handles -= 1
         if self.handles:
             return

@@ -1,0 +1,119 @@
+"""Open files as the kernel asks for them: O_TRUNC, sizes and times."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from modelfs.attributes import AttributeChange
+from modelfs.errors import MetadataUnavailable, WriteLost
+from modelfsd.kernel.files import Files
+from modelfsd.kernel.kernel_inodes import KernelInode
+from modelfsd.kernel.pusher import Pusher
+from modelfsd.kernel.tree import Caller, Tree
+from modelfsd.storage.replicator import Placements
+from tests.daemon.node_parts import Node, cluster_of
+
+CALLER = Caller(0, 0, 1)
+LOST = r"cannot be committed, they are kept|closed with writes that could not be committed"
+
+
+def no_groups(pid: int) -> frozenset[int]:
+    """The groups of a process."""
+    return frozenset()
+
+
+def files_of(node: Node) -> Files:
+    tree = Tree(node.namespace, node.cache)
+    pusher = Pusher(node.inodes)
+    return Files(node.namespace, node.cache, tree, node.contents, node.writer, pusher)
+
+
+async def create(node: Node, files: Files, data: bytes) -> tuple[int, KernelInode]:
+    """A file that is written and not closed."""
+    mode = stat.S_IFREG | 0o644
+    number, inode = await files.create(node.inodes[1], b"f", mode, os.O_WRONLY, CALLER, no_groups)
+    await files.write(number, 0, data)
+    return number, inode
+
+
+async def test_a_time_that_is_set_beside_a_commit_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        files = files_of(one)
+        number, inode = await create(one, files, b"data" * 2000)
+        sync, has_begun = one.replicator.sync, trio.Event()
+
+        async def slow(placements: Placements, replicas: int) -> None:
+            has_begun.set()
+            await trio.testing.wait_all_tasks_blocked()
+            await sync(placements, replicas)
+
+        monkeypatch.setattr(one.replicator, "sync", slow)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(files.flush, number)
+            await has_begun.wait()
+            await files.set_attributes(inode, AttributeChange(mtime_ns=12345), CALLER)
+        assert (await two.look_up(b"f")).record.mtime_ns == 12345
+        await files.release(number)
+        assert await two.read_file(b"f") == b"data" * 2000
+
+
+async def test_a_truncation_to_the_size_that_it_has_is_an_mtime_for_all_nodes(
+    tmp_path: Path,
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        files = files_of(one)
+        number, inode = await create(one, files, b"data")
+        await files.release(number)
+        await files.truncate(inode, 4, 12345, None, CALLER)
+        record = (await two.look_up(b"f")).record
+        assert record.mtime_ns == 12345 and record.size == 4
+
+
+async def test_an_open_that_fails_empties_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        files = files_of(one)
+        number, inode = await create(one, files, b"data" * 2000)
+        await files.release(number)
+        await files.set_attributes(inode, AttributeChange(permissions=0o4777), CALLER)
+
+        async def fail(*args: object) -> None:
+            raise MetadataUnavailable("no connection to etcd")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "set_attributes", fail)  # the set-id bits are to go
+            with pytest.raises(MetadataUnavailable):
+                await files.open(inode, os.O_WRONLY | os.O_TRUNC, Caller(5, 5, 1))
+        assert await two.read_file(b"f") == b"data" * 2000
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_who_emptied_a_file_and_closed_it_lets_nobody_else_start_over(
+    tmp_path: Path,
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        files, inode = files_of(one), await one.look_up(b"f")
+        number = await files.open(inode, os.O_WRONLY, CALLER)
+        other = await files.open(inode, os.O_WRONLY | os.O_TRUNC, CALLER)
+        await files.flush(other)
+        await files.release(other)
+        await two.write_file(b"f", b"theirs")
+        await files.write(number, 0, b"mine")
+        with pytest.raises(WriteLost, match="another node wrote it first"):
+            await files.flush(number)
+        await files.release(number)
+        assert await two.read_file(b"f") == b"theirs"
