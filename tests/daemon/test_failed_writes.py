@@ -122,7 +122,10 @@ async def test_what_could_not_be_replicated_is_read_and_recovered_whole(
 
 @pytest.mark.expected_logs("etcd is out of reach")
 @pytest.mark.parametrize("is_known", [True, False])
-async def test_an_unlinked_file_needs_no_lease(tmp_path: Path, is_known: bool) -> None:
+@pytest.mark.parametrize("lapses", [True, False])
+async def test_an_unlinked_file_needs_no_lease(
+    tmp_path: Path, is_known: bool, lapses: bool
+) -> None:
     """Nobody else will ever see its bytes, so there is nothing to lose."""
     async with cluster_of(1, tmp_path) as cluster:
         (node,) = cluster.nodes
@@ -132,7 +135,8 @@ async def test_an_unlinked_file_needs_no_lease(tmp_path: Path, is_known: bool) -
         await node.namespace.change(lambda m: changes.remove(m, ROOT_INODE, b"f", False, 1))
         if is_known:
             await session.flush()
-        await cluster.lapse(cluster.leases[node.id])
+        if lapses:
+            await cluster.lapse(cluster.leases[node.id])
         node.feed.detach()
         await session.write(5000, b"y")
         await session.flush()
@@ -140,3 +144,75 @@ async def test_an_unlinked_file_needs_no_lease(tmp_path: Path, is_known: bool) -
         await session.release()
         assert session.failure is None
         assert not list(node.writer.lost_dir.iterdir())
+
+
+@pytest.mark.expected_logs(LOST)
+async def test_who_wrote_before_his_lease_lapsed_cannot_start_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = one.writer.session_of(await one.look_up(b"f"))
+        session.start_over()
+        write = session.copy.write
+
+        async def slow(offset: int, data: Buffer) -> list[int]:
+            await cluster.lapse(cluster.leases[one.id])
+            return await write(offset, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session.copy, "write", slow)
+            await session.write(0, b"mine")
+        one.leases.etcd_lease = await cluster.etcd.grant(10)
+        await two.write_file(b"f", b"theirs")
+        await session.write(4, b"more")
+        with pytest.raises(WriteLost, match="another node wrote it first"):
+            await session.flush()
+        await session.release()
+        await one.write_file(b"f", b"next")
+        assert await two.read_file(b"f") == b"next"
+
+
+@pytest.mark.expected_logs(LOST, "not committed at stop: .* the disk is broken")
+async def test_at_a_stop_a_disk_error_of_one_file_is_no_loss_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        sessions = []
+        for name in (b"one", b"two", b"three"):
+            await node.make_file(name)
+            sessions.append(await node.open(name))
+            await sessions[-1].write(0, name * 2000)
+
+        async def fail(*args: object) -> None:
+            raise OSError(5, "the disk is broken")
+
+        monkeypatch.setattr(sessions[1].copy, "staged_positions", lambda: [0])
+        monkeypatch.setattr(sessions[1].copy, "seal", fail)
+        await node.writer.flush_all()
+        for session in sessions:
+            await session.release()
+        assert await node.read_file(b"one") == b"one" * 2000
+        assert await node.read_file(b"three") == b"three" * 2000
+
+
+@pytest.mark.parametrize("moment", range(8))
+async def test_an_unlinked_file_that_is_closed_while_it_is_written_down_leaves_nothing(
+    tmp_path: Path, moment: int
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        session = await node.open(b"f")
+        await session.write(0, b"small")
+        await node.namespace.change(lambda m: changes.remove(m, ROOT_INODE, b"f", False, 1))
+        await session.flush()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.spill)
+            for _ in range(moment):
+                await trio.lowlevel.checkpoint()
+            await session.release()
+        assert not node.writer.open_sessions
+        assert not list(node.writer.staging_dir.iterdir())

@@ -152,7 +152,7 @@ class WriteSession:
             try:
                 await self.ensure_lease()
             except StaleHandle:
-                if not self._starts_over:
+                if not self._starts_over or self.copy.is_dirty:
                     reason = "another node wrote it first"
                     raise WriteLost(self.inode.ino, reason) from None
                 await self.start_over_now()
@@ -247,16 +247,15 @@ class WriteSession:
                     await self._commit()
             except NoSuchEntry:
                 self._is_unlinked = True  # readable here, from the copy, till the last close
-            except (MetadataUnavailable, MetadataUncertain) as error:
-                self._poison(error)
-                raise WriteLost(self.inode.ino, str(error)) from error
             except (ModelfsError, OSError) as error:
                 self._poison(error)
+                if isinstance(error, (MetadataUnavailable, MetadataUncertain)):
+                    raise WriteLost(self.inode.ino, str(error)) from error
                 raise
 
     async def _commit(self) -> None:
         copy, namespace = self.copy, self._writer.namespace
-        if self._token is None and namespace.mirror.inode(copy.ino) is None:
+        if self._has_no_name:
             raise NoSuchEntry(copy.ino)
         if self._token is None:  # it went while the first write was on its way
             raise WriteLost(copy.ino, "its lease has lapsed")
@@ -283,6 +282,8 @@ class WriteSession:
     async def spill(self) -> None:
         """Let nothing of it be in memory alone."""
         async with self._gate.alone():
+            if self.inode.session is not self:
+                return  # it has ended meanwhile
             try:
                 await self.copy.spill()
             except (ModelfsError, OSError) as error:
@@ -347,7 +348,7 @@ class WriteSession:
 
     async def _let_go_of_files(self) -> None:
         """Remove the staging files, or keep them for recovery. Waits for `_describe_loss`."""
-        if self.failure is None and not self.copy.has_files:
+        if self.failure is None and not self.copy.has_files and not self.copy.is_dirty:
             return
         async with self._gate.alone():
             try:

@@ -109,5 +109,5 @@ class Writer:
         for session in list(self.open_sessions):
             try:
                 await session.flush()
-            except ModelfsError as error:
+            except (ModelfsError, OSError) as error:
                 log.error("not committed at stop: %s", error)
