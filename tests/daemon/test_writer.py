@@ -16,6 +16,7 @@ from modelfs import changes
 from modelfs.errors import OutOfSpace, StaleHandle, WriteLost
 from modelfs.ids import ROOT_INODE
 from modelfs.limits import KIB, MIB
+from modelfsd.storage.replicator import Placements
 from modelfsd.writing import staging, working_copy
 from tests.daemon.node_parts import Node, cluster_of
 
@@ -371,3 +372,28 @@ async def test_what_small_files_hold_in_memory_is_written_down_soon(
         await lost.release()
         (directory,) = lost_dir.iterdir()
         assert json.loads((directory / "description.json").read_bytes())["is_lost"]
+
+
+async def test_a_slow_commit_keeps_no_other_file_in_memory_alone(
+    tmp_path: Path, virtual_time: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        for name in (b"slow", b"f"):
+            await node.make_file(name)
+        slow, other = await node.open(b"slow"), await node.open(b"f")
+
+        async def wait(placements: Placements, replicas: int) -> None:
+            await trio.sleep(15)
+
+        monkeypatch.setattr(node.replicator, "sync", wait)
+        async with trio.open_nursery() as nursery:
+            await slow.write(0, b"slow")
+            nursery.start_soon(slow.flush)
+            await trio.sleep(2.5)  # long enough that it would be written down, but for its commit
+            await other.write(0, b"other")
+            await trio.sleep(2.5)
+            assert other.copy.has_files
+        for session in (slow, other):
+            await session.release()
+        assert await node.read_file(b"slow") == b"slow"

@@ -92,11 +92,11 @@ class Writer:
         while True:
             await trio.sleep(HOLD_SECONDS)
             before = trio.current_time() - HOLD_SECONDS
-            async with trio.open_nursery() as nursery:
-                for session in self.open_sessions:
-                    since = session.copy.held_since
-                    if since is not None and since <= before:
-                        nursery.start_soon(session.spill)
+            for session in self.open_sessions:
+                since = session.copy.held_since
+                if since is not None and since <= before:
+                    session.copy.held_since = None  # it may wait for a commit: once is enough
+                    self.start_soon(session.spill)
 
     async def give_up(self, seconds: float) -> None:
         """The daemon ends with writes that could not be committed: let none be in memory alone."""
