@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from modelfs.attributes import AttributeChange
-from modelfs.errors import MetadataUnavailable, WriteLost
+from modelfs.errors import MetadataUnavailable, StaleHandle, WriteLost, WriterElsewhere
 from modelfsd.kernel.files import Files
 from modelfsd.kernel.kernel_inodes import KernelInode
 from modelfsd.kernel.pusher import Pusher
@@ -117,3 +117,34 @@ async def test_who_emptied_a_file_and_closed_it_lets_nobody_else_start_over(
             await files.flush(number)
         await files.release(number)
         assert await two.read_file(b"f") == b"theirs"
+
+
+async def test_a_create_waits_for_no_other_open_that_waits_for_a_lease(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
+    """The kernel holds the directory meanwhile."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        await one.write_file(b"f", b"data")
+        await trio.sleep(1)
+        other = await two.open(b"f")
+        files, inode = files_of(one), await one.look_up(b"f")
+
+        async def open_in_vain() -> None:
+            with pytest.raises(WriterElsewhere):
+                await files.open(inode, os.O_WRONLY, CALLER)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_in_vain)
+            await trio.sleep(1)
+            second, begun = Caller(0, 0, 2), trio.current_time()
+            mode = stat.S_IFREG | 0o644
+            root = one.inodes[1]
+            with pytest.raises(StaleHandle):  # it is there: the kernel is sent to look again
+                await files.create(root, b"f", mode, os.O_WRONLY, second, no_groups)
+            files.note_lookup(second, (root.id, b"f"), None)  # and finds it gone, for a moment
+            with pytest.raises(WriterElsewhere):
+                await files.create(root, b"f", mode, os.O_WRONLY, second, no_groups)
+            assert trio.current_time() == begun
+        await other.release()

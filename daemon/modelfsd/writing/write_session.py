@@ -87,7 +87,7 @@ class WriteSession:
 
         Raises `WriterElsewhere`, and `StaleHandle` if the file has changed since.
         """
-        async with self._leasing:
+        async with self._leasing_for(wait_seconds):
             if self._token is not None:
                 return
             self.require_sound()  # another WRITE has waited in vain, and need not be followed
@@ -99,6 +99,12 @@ class WriteSession:
                 self._writer.leases.reserve(ino, token, RESERVED_SECONDS)
                 raise StaleHandle(ino)
             self._token = token
+
+    def _leasing_for(self, wait_seconds: float | None) -> trio.Lock:
+        """The lock of who takes the lease. Raises `WriterElsewhere` to who must not wait for it."""
+        if wait_seconds == 0 and self._token is None and self._leasing.locked():
+            raise WriterElsewhere(self.inode.ino)
+        return self._leasing
 
     def reserve_lease(self) -> None:
         """The only handle is about to be given up, and its OPEN will come again: keep the lease."""
@@ -169,7 +175,7 @@ class WriteSession:
 
     async def start_over_now(self, wait_seconds: float | None = None) -> None:
         """Take the lease of the latest version, and empty it."""
-        async with self._leasing:
+        async with self._leasing_for(wait_seconds):
             if self._token is not None:
                 return  # another WRITE has come so far meanwhile
             self.require_sound()
@@ -265,13 +271,7 @@ class WriteSession:
         self._raise_failure()
         committed = await namespace.change(
             lambda mirror: changes.commit_contents(
-                mirror,
-                copy.ino,
-                token,
-                copy.base.version,
-                contents,
-                time.time_ns(),
-                namespace.keep,
+                mirror, copy.ino, token, copy.base.version, contents, time.time_ns(), namespace.keep
             )
         )
         if not self.inode.is_current:  # nobody else tells it: reads go on from what it wrote
