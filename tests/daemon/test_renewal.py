@@ -182,3 +182,30 @@ async def test_renewals_follow_the_shortest_grace_of_all_nodes(
         await kept.cluster.etcd.commit(Txn((), (put,)))
         await kept.hear()
         assert renewal.interval_seconds() == 20.0
+
+
+async def test_a_node_with_a_shorter_grace_is_not_kept_waiting_for_the_next_round(
+    tmp_path: Path, clock: trio.testing.MockClock
+) -> None:
+    async with kept_cluster(2, tmp_path) as kept, trio.open_nursery() as nursery:
+        one, two = kept.nodes
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+        await session.write(0, bytes(range(256)) * 256)
+        while not session.copy.sealed:
+            await trio.lowlevel.checkpoint()
+        nursery.start_soon(kept.upkeep[one.id].renewal.run)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        renewed = list(two.store.owned())
+        hasty = msgspec.structs.replace(one.mirror.nodes[two.id], reclaim_grace_seconds=60.0)
+        put = Put(keys.node(two.id), msgspec.msgpack.encode(hasty))
+        await kept.cluster.etcd.commit(Txn((), (put,)))
+        await kept.hear()
+        clock.jump(20.0)
+        for _ in range(100):
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            if list(two.store.owned()) != renewed:
+                break
+        assert list(two.store.owned()) != renewed
+        await session.release()
+        nursery.cancel_scope.cancel()

@@ -50,6 +50,8 @@ class Renewal:
         self._lost_dir, self._pins, self._grace_seconds = lost_dir, pins, grace_seconds
         self._quiet = RateLimited(log, 60.0)
         self._silent: set[NodeId] = set()  # in this round: none is waited for twice
+        self._interval_seconds = 0.0  # that is being waited for
+        self._news = trio.Event()
         self.renewed = 0  # chunks, each copy of them, in the last round
 
     def interval_seconds(self) -> float:
@@ -57,14 +59,22 @@ class Renewal:
         graces = (record.reclaim_grace_seconds for record in self._chunks.mirror.nodes.values())
         return min([self._grace_seconds, *graces]) / RENEWALS_A_GRACE
 
+    def note_nodes(self) -> None:
+        """The mirror's nodes have changed: one with a shorter grace does not wait for the rest."""
+        if self.interval_seconds() < self._interval_seconds:
+            self._news.set()
+
     async def run(self) -> None:
         """Renew for ever."""
         while True:
+            self._news = trio.Event()
             try:
                 await self.renew_all()
             except (ModelfsError, OSError) as error:
                 self._quiet.error("disk", "lost writes cannot be looked through: %s", error)
-            await trio.sleep(self.interval_seconds())
+            self._interval_seconds = self.interval_seconds()
+            with trio.move_on_after(self._interval_seconds):
+                await self._news.wait()
 
     async def renew_all(self) -> None:
         """One round."""

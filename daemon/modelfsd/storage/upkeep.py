@@ -156,7 +156,10 @@ class Upkeep:
         self.pins.on_changes(changes)
         up = frozenset(self._mirror.nodes)
         is_news = any(isinstance(change, MapChanged) for change in changes)
-        if any(isinstance(change, NodeChanged) for change in changes) and up != self._up:
+        is_of_nodes = any(isinstance(change, NodeChanged) for change in changes)
+        if is_of_nodes:
+            self.renewal.note_nodes()
+        if is_of_nodes and up != self._up:
             self._up = up
             self.healer.note_nodes()
             is_news = True
