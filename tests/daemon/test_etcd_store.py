@@ -14,7 +14,7 @@ import trio
 
 from modelfs.errors import MetadataUnavailable, MetadataUncertain, OutOfSpace
 from modelfs.ids import NodeId, Revision
-from modelfs.ports import Compare, Delete, Target, Txn
+from modelfs.ports import Compare, Delete, Put, Target, Txn
 from modelfs.testing.contract_metadata import collect, put
 from modelfsd.etcd import channel as etcd_channel
 from modelfsd.etcd import process as etcd_process
@@ -299,6 +299,8 @@ def test_a_full_database_is_out_of_space(tmp_path: Path, monkeypatch: pytest.Mon
             with pytest.raises(OutOfSpace, match="quota"):
                 await fill(store)
             await store.commit(Txn((), (Delete(b"0"),)))  # deleting still works
+            with pytest.raises(OutOfSpace):  # not so for a change of names: each puts `seq`
+                await store.commit(Txn((), (Delete(b"1"), Put(b"seq", b""))))
 
     run(main)
 

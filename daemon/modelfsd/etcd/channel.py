@@ -129,8 +129,8 @@ def refusal(code: Status, text: str) -> Exception:
     """The error for a REFUSED call."""
     if "database space exceeded" in text:
         return OutOfSpace(
-            "etcd's database has reached its quota: delete files, then compact, defragment and"
-            " disarm the alarm with etcdctl, or raise --quota-backend-bytes"
+            "etcd's database has reached its quota: compact, defragment and disarm the alarm"
+            " with etcdctl, then delete files; or raise --quota-backend-bytes"
         )
     is_malformed = code in (Status.INVALID_ARGUMENT, Status.UNIMPLEMENTED)
     if is_malformed or text.startswith(_TOO_LARGE_TEXT):
