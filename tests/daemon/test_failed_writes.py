@@ -14,6 +14,8 @@ from modelfs.chunk import Buffer, ChunkRef
 from modelfs.errors import OutOfSpace, WriteLost
 from modelfs.ids import ROOT_INODE, NodeId
 from modelfs.limits import KIB, MIB
+from modelfs.ports import Txn, TxnResult
+from modelfs.testing.metadata import MemoryMetadataStore
 from modelfs.testing.stores import MemoryPeers
 from modelfsd.writing import staging
 from tests.daemon.node_parts import cluster_of
@@ -29,6 +31,20 @@ class FullPeers(MemoryPeers):
         self, node: NodeId, ref: ChunkRef, table: Buffer, data: Buffer, offer: bool = False
     ) -> bool:
         raise OutOfSpace("no room there")
+
+
+class LateStore(MemoryMetadataStore):
+    """An etcd whose next answer comes when a lease has ended too, as all nodes know by then."""
+
+    doomed = 0
+
+    async def commit(self, txn: Txn) -> TxnResult:
+        result = await super().commit(txn)
+        if self.doomed:
+            lease, self.doomed = self.doomed, 0
+            self.expire(lease)
+            await trio.testing.wait_all_tasks_blocked()
+        return result
 
 
 @pytest.mark.expected_logs(LOST)
@@ -216,3 +232,24 @@ async def test_an_unlinked_file_that_is_closed_while_it_is_written_down_leaves_n
             await session.release()
         assert not node.writer.open_sessions
         assert not list(node.writer.staging_dir.iterdir())
+
+
+@pytest.mark.expected_logs("cannot be committed, they are kept")
+async def test_a_lease_that_lapses_right_after_the_commit_fails_no_close(tmp_path: Path) -> None:
+    """A watch that catches up after a pause tells of both at once."""
+    async with cluster_of(2, tmp_path, LateStore()) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+        await session.write(0, b"data" * 2000)
+        assert isinstance(cluster.etcd, LateStore)
+        cluster.etcd.doomed = cluster.leases[one.id]
+        await session.flush()
+        await session.flush()  # of another descriptor
+        one.leases.etcd_lease = await cluster.etcd.grant(10)
+        await session.write(0, b"more")
+        await session.flush()
+        await session.release()
+        assert session.failure is None
+        assert await two.read_file(b"f") == b"more" + b"data" * 1999
+        assert not list(one.writer.lost_dir.iterdir())

@@ -276,7 +276,7 @@ class WriteSession:
         )
         if not self.inode.is_current:  # nobody else tells it: reads go on from what it wrote
             self.inode.record = committed
-        self._starts_over = False
+        self.failure, self._starts_over = None, False  # a lease that has lapsed since lost nothing
         await self._remove(copy.rebase(committed))
 
     async def spill(self) -> None:
