@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from modelfs.errors import UserError
+from modelfs.errors import OutOfSpace, UserError
 from modelfs.limits import INLINE_BYTES_MAX, KIB
 from modelfs.manifest import PlacedChunk
 from modelfsd.storage.replicator import Replicator
@@ -127,6 +127,37 @@ async def test_it_does_in_the_middle_of_every_seal(
         for copy in copies:
             assert rebuilt(kept, copy.name, cluster) == twin.model
         await session.release()
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+async def test_a_chunk_that_was_not_put_is_cut_and_written_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_cut: bool
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        session = await node.open(b"f")
+        twin = Twin(node, session, b"")
+        await twin.write(0, FIRST - 9, 1)
+
+        async def full(*arguments: object) -> None:
+            raise OutOfSpace("no room")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Replicator, "put", full)
+            with pytest.raises(OutOfSpace):
+                await twin.seal()
+        twin.check(node.state_dir)
+        if is_cut:
+            await twin.truncate(100)
+            twin.check(node.state_dir)
+        await twin.write(50, 10, 2)
+        twin.check(node.state_dir)
+        await twin.truncate(2000)
+        await twin.write(FIRST + 5, 10, 2)
+        twin.check(node.state_dir)
+        await session.release()
+        assert await node.read_file(b"f") == twin.model
 
 
 async def test_a_torn_line_of_the_journal_spoils_no_other(tmp_path: Path) -> None:

@@ -195,6 +195,8 @@ class _Replay:
             self._cut(_count(record["cut"], FILE_BYTES_MAX), int(record["serial"]))
         elif "limit" in record:
             index, within = int(record["limit"]), _count(record["within"], CHUNK_BYTES_MAX)
+            if record["file"] in self._sealed_files:  # else it would be another file's
+                self._unseal(record["file"])
             self.layout.limits[index] = min(self.layout.limits.get(index, within), within)
             self._limited.add(record["file"])
             if record["file"] in self._journaled:

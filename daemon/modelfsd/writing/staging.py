@@ -35,7 +35,8 @@ Records of the journal, in the order in which things happened to any one positio
                                          serial that lie wholly past its end are void. A position
                                          may be on its way to be sealed meanwhile, at its old length
     {"limit": index, "file": name, "within": bytes}     of the position that `cut` divides: no byte
-                                         from there on, neither staged nor below it, counts any more
+                                         from there on, neither staged nor below it, counts any
+                                         more. After a `seal` of that file: as with `written`
 """
 
 from __future__ import annotations
