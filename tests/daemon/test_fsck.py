@@ -13,11 +13,13 @@ import trio
 import trio.testing
 
 from modelfs import keys
-from modelfs.chunk import describe
-from modelfs.ids import ROOT_INODE, ChunkId
+from modelfs.chunk import ChunkRef, describe
+from modelfs.errors import PeerRefused
+from modelfs.ids import ROOT_INODE, ChunkId, NodeId
 from modelfs.inode import Pin, encode
 from modelfs.limits import KIB, MIB
 from modelfs.ports import Delete, Put
+from modelfs.testing.stores import MemoryPeers
 from tests.daemon.fsck_parts import lose, make_directory, world
 from tests.daemon.upkeep_parts import make
 
@@ -119,6 +121,28 @@ async def test_with_data_bad_copies_are_found_and_without_they_are_not(
         assert (checked.code, checked.said()) == (4, [("/f", "lost", False)])
         assert checked.findings[0]["ranges"] == [[0, BLOCK]]
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expected_logs("fails its checksum")
+async def test_a_bad_copy_that_cannot_be_put_aside_ends_nothing_and_is_never_counted(
+    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
+) -> None:
+    """As on a disk that can be read, here and there, and not be written to."""
+
+    async def refuse(self: MemoryPeers, node: NodeId, ref: ChunkRef) -> None:
+        raise PeerRefused(node, "Read-only file system")
+
+    async with world(tmp_path) as w:
+        data = rng.randbytes(3 * BLOCK)
+        await make(w.nodes[0], b"f", data, replicas=3)
+        ref, _ = describe(data[:BLOCK])
+        w.cluster.stores[w.cluster.ids[1]].damage(ref.id)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MemoryPeers, "report_damage", refuse)
+            checked = await w.fsck(data=True)
+        assert (checked.code, checked.said()) == (8, [("/f", "copies", False)])
+        assert checked.answer["nodes_silent"] == {"b": "Read-only file system"}
+        assert "the bad one on b could not be put aside" in checked.findings[0]["text"]
 
 
 async def test_a_node_that_is_down_leaves_copies_missing_which_others_take(

@@ -21,7 +21,14 @@ import numpy as np
 import trio
 
 from modelfs import manifest
-from modelfs.errors import ChunkMissing, ChunkUnavailable, CorruptChunk, ModelfsError
+from modelfs.errors import (
+    ChunkMissing,
+    ChunkUnavailable,
+    CorruptChunk,
+    ModelfsError,
+    PeerRefused,
+    PeerUnavailable,
+)
 from modelfs.extents import Extents
 from modelfs.ids import ChunkId, Epoch, NodeId
 from modelfs.inode import Pin
@@ -75,6 +82,7 @@ class Piece:
     holders: frozenset[NodeId] = frozenset()
     wanted: int = 1
     was_bad: bool = False  # a copy of it failed its check
+    bad_on: frozenset[NodeId] = frozenset()  # where one could not be put aside: it is none
 
     @property
     def is_lacking(self) -> bool:
@@ -250,7 +258,7 @@ class CopyCheck:
         self.silent.update(found.silent)
         for node, answers in found.answers.items():
             for piece, is_there in zip(asked[node], answers, strict=True):
-                if is_there:
+                if is_there and node not in piece.bad_on:
                     piece.holders |= {node}
 
     def _lacking(self, pieces: list[Piece], up: set[NodeId]) -> list[Piece]:
@@ -276,10 +284,12 @@ class CopyCheck:
 
         async def work() -> None:
             for same, node in copies:
-                if not await self._is_good(same[0].placed, node):
-                    for piece in same:
-                        piece.was_bad = True
-                        piece.holders -= {node}
+                if await self._is_good(same[0].placed, node):
+                    continue
+                stays = {node} & self.silent.keys()
+                for piece in same:
+                    piece.was_bad, piece.bad_on = True, piece.bad_on | stays
+                    piece.holders -= {node}
 
         async with trio.open_nursery() as nursery:
             for _ in range(COPIES_READ_AT_ONCE):
@@ -296,7 +306,10 @@ class CopyCheck:
                 return is_good
             await chunks.peers.fetch(node, ref, 0, ref.length, PEER_PATIENCE_SECONDS)
         except CorruptChunk:
-            await chunks.peers.report_damage(node, ref)
+            try:
+                await chunks.peers.report_damage(node, ref)
+            except (PeerUnavailable, PeerRefused) as error:
+                self.silent[node] = str(error.reason)
             return False
         except ChunkMissing:
             return True
@@ -321,7 +334,10 @@ class CopyCheck:
             await self._ask(wrong)
         for piece in pieces:
             version, reason = piece.version, failures.get(piece.placed.ref.id, "")
-            if not piece.is_lacking:
+            if not piece.is_lacking and piece.bad_on:
+                names = ", ".join(sorted(map(self._chunks.name_of, piece.bad_on)))
+                damage, reason = version.few, f"the bad one on {names} could not be put aside"
+            elif not piece.is_lacking:
                 damage, reason = version.mended, "made anew"
             elif piece.holders:
                 damage = version.few
