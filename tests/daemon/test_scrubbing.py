@@ -5,6 +5,7 @@ Three nodes over memory stores; where the disk itself matters, over a real `Disk
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from random import Random
@@ -262,3 +263,47 @@ async def test_a_tour_does_not_change_which_cached_chunk_goes_first(
             put(store, rng.randbytes(size), Holding.CACHED)
             there = [file_of(root, ref, Holding.CACHED).exists() for ref in refs]
             assert there == [number > index for number in range(4)]
+
+
+@pytest.mark.expected_logs(FAILS, "watch of the namespace broke", "etcd is out of reach")
+async def test_a_failure_stays_known_while_it_cannot_be_asked_who_needs_the_chunk(
+    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
+) -> None:
+    async with scrubbed_cluster(tmp_path) as kept:
+        data = rng.randbytes(200 * KIB)
+        await make(kept.nodes[0], b"f", data)
+        ref, _ = describe(data[: 64 * KIB])
+        holders = kept.copies()[ref.id]
+        for id in holders:
+            kept.cluster.stores[id].damage(ref.id)
+        upkeep = kept.upkeep[min(holders)]
+        await tour_of(upkeep)
+        assert upkeep.told()["lost_chunks"][0]["paths"] == ["/f"]
+        kept.cluster.etcd.unavailable = True
+        (again,) = (await tour_of(upkeep)).earlier
+        assert again.outcome is Outcome.FAILED
+        assert upkeep.told()["lost_chunks"][0]["paths"] == ["/f"]
+
+
+@pytest.mark.expected_logs("cannot be listed")
+async def test_a_directory_that_cannot_be_read_keeps_no_other_from_being_looked_at(
+    tmp_path: Path, rng: Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with scrubbed_cluster(tmp_path) as kept:
+        await make(kept.nodes[0], b"f", rng.randbytes(2 * MIB))
+        id = kept.cluster.ids[0]
+        chunks, store, upkeep = on(kept, id), kept.cluster.stores[id], kept.upkeep[id]
+        first, real = min(chunks)[0], store.shelf
+        others = [chunk for chunk in chunks if chunk[0] != first]
+
+        def shelf(at: int) -> list[HeldChunk]:
+            if at == first:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(at)
+
+        monkeypatch.setattr(store, "shelf", shelf)
+        tour = await tour_of(upkeep)
+        assert others
+        assert tour.chunks == len(others)
+        assert tour.unreadable_chunks == 1
+        assert f"{first:02x}" in tour.example

@@ -126,7 +126,7 @@ class Restorer:
             found = await self._surveyor.find(batch)
         except (ModelfsError, OSError) as error:
             for one in batch.values():
-                self._end(one, Outcome.FAILED, f"it is not known who needs it: {error}")
+                self._end_unknown(one, error)
                 one.done.set()
             return
         for one in batch.values():
@@ -134,7 +134,7 @@ class Restorer:
             if named is not None:
                 await self._restore_one(one, named)
             elif found.missed:
-                self._end(one, Outcome.FAILED, f"it is not known who needs it: {found.missed}")
+                self._end_unknown(one, found.missed)
             else:
                 self._end(one, Outcome.UNNEEDED)
                 if len(self._unneeded_at) >= FAILING_MAX:
@@ -174,6 +174,12 @@ class Restorer:
         elif outcome is not Outcome.FAILED:
             self._failing.pop(one.chunk, None)
             one.manifests, one.files = frozenset(), []
+
+    def _end_unknown(self, one: Restoration, why: object) -> None:
+        """It could not be found out who needs it: what the last try has found still counts."""
+        known = self._failing.get(one.chunk, one)
+        one.manifests, one.files = known.manifests, known.files
+        self._end(one, Outcome.FAILED, f"it is not known who needs it: {why}")
 
     async def _name_files(self, named: dict[ChunkId, Named]) -> None:
         """Find the files of what could not be restored, unless they are known from the last try."""
