@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from random import Random
@@ -144,3 +145,44 @@ def test_a_lost_write_that_cannot_be_read_keeps_no_other_from_being_renewed(
     (tmp_path / "good" / staging.JOURNAL).write_text(json.dumps({"chunk": chunk}))
     assert lost.lost_chunks(tmp_path, time.time()) == [ref.id]
     assert lost.lost_bases(tmp_path, time.time()) == []
+
+
+async def test_one_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    """Neither one in lost/, nor one in staging/ while the daemon runs."""
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        name = await lose_sealed_chunks(node, 1)
+        journal = node.writer.lost_dir / "bad" / staging.JOURNAL
+        shutil.copytree(node.writer.lost_dir / name, journal.parent)
+        journal.unlink()
+        journal.mkdir()  # like one that the disk does not give back
+        (node.state_dir / "staging" / "bad-2" / staging.DESCRIPTION).mkdir(parents=True)
+        with (node.state_dir / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            copies = {copy.name: copy for copy in lost.lost_copies(node.state_dir, {})}
+        assert sorted(copies) == sorted([name, "bad"])
+        assert "cannot be read: Is a directory" in copies["bad"].why
+        assert copies[name].size == FIRST + 4
+        with pytest.raises(RecoveryFailed, match=r"sealed.jsonl cannot be read: Is a directory"):
+            recover.recover(node.state_dir, "bad", tmp_path / "made")
+
+
+async def test_one_that_moves_while_we_look_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        name = await lose_sealed_chunks(node, 1)
+        kept, staged = node.writer.lost_dir / name, node.state_dir / "staging" / name
+        kept.rename(staged)
+        real, moves = lost._directories, iter([True])
+
+        def directories(parent: Path) -> list[Path]:
+            found = real(parent)
+            if next(moves, False):
+                staged.rename(kept)
+            return found
+
+        monkeypatch.setattr(lost, "_directories", directories)
+        (copy,) = lost.lost_copies(node.state_dir, {})
+        assert copy.name == name and copy.directory == kept

@@ -37,6 +37,7 @@ from tests.daemon.recover_parts import (
     lose_sealed_chunks,
     rebuilt,
     staged,
+    until,
 )
 
 BORDERS = [0, 1, INLINE_BYTES_MAX, FIRST, 2 * FIRST, 8 * FIRST, 8 * FIRST + CHUNK]
@@ -209,6 +210,45 @@ async def test_what_cannot_be_rebuilt_is_told_range_by_range(tmp_path: Path) -> 
         assert f"bytes {at * FIRST} to {(at + 1) * FIRST - 1}: chunk" in told.text()
         assert "NOT complete: 64.0 KiB" in told.text()
         assert json.loads(json.dumps(told.as_json()))["missing"][0]["start"] == at * FIRST
+
+
+async def test_what_the_disk_does_not_give_back_is_told_and_the_rest_is_rebuilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rng: Random
+) -> None:
+    """A bad sector under a staging file."""
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await node.make_file(b"f")
+        session, data = await node.open(b"f"), rng.randbytes(8 * FIRST + CHUNK - 9)
+        await session.write(0, data)
+        await until(lambda: node.writer.uploads.used_bytes == 0)
+        (name,) = staged(node.state_dir)
+        bad, real = 8 * FIRST + CHUNK // 2 + 5, os.preadv
+
+        def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            if name in path and offset <= bad - 8 * FIRST < offset + len(buffers[0]):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(descriptor, buffers, offset)
+
+        rebuild = Rebuild(node.state_dir, name, Store(cluster))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", preadv)
+            (gap,) = recover.write_out(rebuild, tmp_path / "made")
+        assert gap.start <= bad < gap.end and gap.end - gap.start <= 64 * KIB
+        assert "Input/output error" in gap.why
+        wanted = data[: gap.start] + bytes(gap.end - gap.start) + data[gap.end :]
+        assert (tmp_path / "made").read_bytes() == wanted
+        await session.release()
+
+
+async def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        rebuild = Rebuild(node.state_dir, await lose_sealed_chunks(node, 1), Store(cluster))
+        for name in ("x" * 255, "\N{OGHAM LETTER BEITH}" * 85):
+            assert recover.write_out(rebuild, tmp_path / name) == []
+            assert (tmp_path / name).stat().st_size == FIRST + 4
 
 
 async def test_a_full_disk_leaves_no_file_and_loses_nothing(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 from modelfs.errors import ProtocolError, UserError
 from modelfs.ids import ChunkId
 from modelfs.inode import Inode
+from modelfs.limits import BLOCK_BYTES
+from modelfsd.storage.chunk_file import DAMAGE_ERRNOS
 from modelfsd.writing.layout import placed_chunk, read_description, read_journal, read_layout
 from modelfsd.writing.staging import DESCRIPTION
 
@@ -58,17 +61,22 @@ def lost_copies(state_dir: Path, failed: Mapping[str, str]) -> list[LostCopy]:
     description or, if the disk was too full for one, the daemon (`failed`: name -> why).
     """
     is_running = _is_locked(state_dir / "lock")
-    found = [_describe(directory, False) for directory in _directories(state_dir / "lost")]
+    found: list[LostCopy] = []
     for directory in _directories(state_dir / "staging"):
         why = failed.get(directory.name)
         try:
             if is_running and why is None and not read_description(directory).is_lost:
                 continue
             copy = _describe(directory, is_running)
-        except (FileNotFoundError, ProtocolError):
+        except PermissionError:
+            raise
+        except (OSError, ProtocolError):
             continue  # it is being made or removed, or was kept a moment ago
         found.append(copy if why is None else replace(copy, why=why))
-    by_name = {copy.name: copy for copy in found}  # it may have moved while we looked
+    for directory in _directories(state_dir / "lost"):  # later: what moves meanwhile is in both
+        with suppress(FileNotFoundError):  # its owner has removed it
+            found.append(_describe(directory, False))
+    by_name = {copy.name: copy for copy in found}
     return sorted(by_name.values(), key=lambda copy: copy.written_at)
 
 
@@ -98,14 +106,19 @@ def _is_locked(path: Path) -> bool:
 
 def _describe(directory: Path, is_open: bool) -> LostCopy:
     """A row; one whose description is damaged is shown too."""
-    when = written_at(directory)
+    when = 0.0
     try:
+        when = written_at(directory)
         description = read_description(directory)
         layout = read_layout(directory, description)
-    except (FileNotFoundError, ProtocolError) as error:
+    except PermissionError:
+        raise
+    except (OSError, ProtocolError) as error:
         if not directory.is_dir():
             raise FileNotFoundError(directory) from error
         why = f"{DESCRIPTION} is missing or damaged"
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            why = f"{error.filename or directory} cannot be read: {error.strerror}"
         return LostCopy(directory.name, directory, "", "", 0, 0, when, why, is_open)
     return LostCopy(
         directory.name,
@@ -167,3 +180,23 @@ def _recent(lost_dir: Path, now: float) -> Iterator[Path]:
             continue  # its owner has removed it
         if is_recent:
             yield directory
+
+
+def read_into(descriptor: int, into: memoryview, start: int) -> list[tuple[int, int, str]]:
+    """Fill `into` from a staging file; what the file does not have stays zeros.
+
+    Returns what the disk does not give back, and why, to some blocks: that is zeros too.
+    """
+    failed = []
+    for at in range(0, len(into), BLOCK_BYTES):
+        piece, position = into[at : at + BLOCK_BYTES], start + at
+        try:
+            while piece and (count := os.preadv(descriptor, [piece], position)):
+                piece, position = piece[count:], position + count
+        except OSError as error:
+            if error.errno not in DAMAGE_ERRNOS:
+                raise
+            piece[:] = bytes(len(piece))
+            why = f"the disk does not give it back: {error.strerror}"
+            failed.append((position, position + len(piece), why))
+    return failed

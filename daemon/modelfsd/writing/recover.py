@@ -153,7 +153,7 @@ def recover(state_dir: Path, name: str, dest: Path) -> Recovered:
 
 def write_out(rebuild: Rebuild, dest: Path) -> list[Missing]:
     """Make the file, whole or not at all. Returns what could not be rebuilt."""
-    partial = dest.with_name(f".{dest.name[:200]}.{os.getpid()}.partial")
+    partial = dest.with_name(f".{dest.name[:50]}.{os.getpid()}.partial")  # 4 bytes a letter
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -231,8 +231,9 @@ class Rebuild:
         try:
             description = layout.read_description(self.directory())
             self._layout = layout.read_layout(self.directory(), description)
-        except FileNotFoundError as error:
-            raise RecoveryFailed(f"{error.filename} is missing") from error
+        except OSError as error:
+            where = error.filename or self.directory()
+            raise RecoveryFailed(f"{where} cannot be read: {error.strerror}") from error
         except ProtocolError as error:
             raise RecoveryFailed(str(error)) from error
 
@@ -273,7 +274,8 @@ class Rebuild:
         if staged is not None:
             with open(self.directory() / staged.file, "rb", buffering=0) as file:
                 for start, end in staged.extents:
-                    _read_into(file.fileno(), memoryview(data)[start : min(end, length)], start)
+                    into = memoryview(data)[start : min(end, length)]
+                    missing += [Missing(*gap) for gap in lost.read_into(file.fileno(), into, start)]
         return data
 
     def _fill_from_below(
@@ -285,9 +287,11 @@ class Rebuild:
             try:
                 with open(self.directory() / sealed.file, "rb", buffering=0) as file:
                     valid = max(0, min(len(into), sealed.length - start))
-                    _read_into(file.fileno(), into[:valid], start)
+                    gaps = lost.read_into(file.fileno(), into[:valid], start)
             except FileNotFoundError:
-                self._fill_from_chunk(sealed.chunk, into, start, missing)
+                gaps = [(start, start + len(into), "")]
+            for at, end, _ in gaps:
+                self._fill_from_chunk(sealed.chunk, into[at - start : end - start], at, missing)
         elif base.manifest is None:
             inline = (base.inline or b"")[start : start + len(into)]
             into[: len(inline)] = inline
@@ -336,12 +340,6 @@ class Rebuild:
         starts = range(0, length, PIECE_BYTES)
         pieces = [self._fetch(chunk, replicas, s, min(PIECE_BYTES, length - s)) for s in starts]
         return b"".join(pieces)
-
-
-def _read_into(descriptor: int, into: memoryview, start: int) -> None:
-    """Fill `into` from a file; what the file does not have stays zeros."""
-    while into and (count := os.preadv(descriptor, [into], start)):
-        into, start = into[count:], start + count
 
 
 class _Chunks:
