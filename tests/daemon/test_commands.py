@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from modelfsd import mounts
 from modelfsd.commands.launch import wait_for_exit
-from modelfsd.commands.registry import Registry, process_start_ticks
+from modelfsd.commands.registry import RUN_VARIABLE, Registry, process_start_ticks
 
 pytestmark = pytest.mark.fuse
 
@@ -127,6 +128,33 @@ def test_a_killed_daemon_s_mount_is_cleaned_by_umount(machine: Machine) -> None:
         f"removed the dead mount at {machine.mountpoint}\n",
     )
     assert not machine.is_mounted
+
+
+def test_a_dead_entry_does_not_make_a_living_mount_a_dead_one(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a session and cron of one user have different run directories."""
+    machine.mount()
+    other = Registry(tmp_path / "run")
+    entry = other.register(
+        mountpoint=machine.mountpoint, state_dir=tmp_path, control=tmp_path / "s", name="old"
+    )
+    (file,) = other.directory.glob("*.json")
+    file.write_text(json.dumps(asdict(replace(entry, start_time_ticks=1))))
+    with monkeypatch.context() as patch:
+        patch.setenv(RUN_VARIABLE, str(other.directory))
+        with (machine.mountpoint / "weights.bin").open("rb") as used:
+            done = machine.umount()
+            assert done.returncode == 1
+            assert f"(pid {os.getpid()}): open file" in done.stderr
+            assert used.read() == b"0123456789"
+            done = machine.mount("second", "--state-dir", str(machine.state_dir) + "2")
+            assert done.returncode == 2
+            assert "mounted already, by a modelfs daemon that is not registered" in done.stderr
+            assert machine.is_mounted and used.seek(0) == 0
+        done = machine.umount()
+    assert (done.returncode, done.stdout) == (0, f"unmounted {machine.mountpoint}\n")
+    assert not machine.is_mounted and not list(other.directory.glob("*.json"))
 
 
 def test_a_killed_daemon_s_mount_is_cleaned_by_the_next_mount(machine: Machine) -> None:

@@ -259,18 +259,18 @@ def _remove_dead_mount(mountpoint: Path, registry: Registry) -> None:
             f"{mountpoint} is mounted already, by process {entry.pid} with the state directory "
             f"{entry.state_dir}; unmount it with: modelfs umount {mountpoint}"
         )
-    if entry is None:  # registered elsewhere, or before the run directory was lost
-        health = mounts.probe(str(mountpoint))
-        if health is mounts.Health.ANSWERS:
-            raise UserError(
-                f"{mountpoint} is mounted already, by a modelfs daemon that is not registered in "
-                f"{registry.directory}; unmount it with: umount {mountpoint}"
-            )
-        if health is mounts.Health.HANGS:
-            raise UserError(
-                f"the modelfs mount at {mountpoint} does not answer, and its daemon is not "
-                f"registered in {registry.directory}; if it is dead: umount -f -l {mountpoint}"
-            )
+    # Its daemon may be registered elsewhere, whoever was here; or the run directory was lost.
+    health = mounts.probe(str(mountpoint))
+    if health is mounts.Health.ANSWERS:
+        raise UserError(
+            f"{mountpoint} is mounted already, by a modelfs daemon that is not registered in "
+            f"{registry.directory}; unmount it with: umount {mountpoint}"
+        )
+    if entry is None and health is mounts.Health.HANGS:
+        raise UserError(
+            f"the modelfs mount at {mountpoint} does not answer, and its daemon is not "
+            f"registered in {registry.directory}; if it is dead: umount -f -l {mountpoint}"
+        )
     log.info("removing the dead mount at %s", mountpoint)
     mounts.detach(mountpoint)
 

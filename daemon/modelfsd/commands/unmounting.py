@@ -40,12 +40,16 @@ def unmount_command(path: str, registry: Registry) -> str:
     mount = mounts.mount_at(mountpoint)
     if mount is None or mount.type != mounts.MOUNT_TYPE:
         raise UserError(f"{mountpoint} is not a modelfs mount")
-    if entry is None and mounts.probe(mountpoint) is mounts.Health.ANSWERS:
-        # Its daemon registered elsewhere. An unmount by the kernel stops it as cleanly.
+    health = mounts.probe(mountpoint)
+    if health is mounts.Health.ANSWERS:
+        # Its daemon registered elsewhere, whoever did so here. An unmount by the kernel stops it as
+        # cleanly.
         _refuse_if_busy(mountpoint, None)
         _unmount_by_kernel(mountpoint)
+        if entry is not None:
+            registry.unregister(entry)
         return f"unmounted {mountpoint}"
-    if entry is None and mounts.probe(mountpoint) is mounts.Health.HANGS:
+    if entry is None and health is mounts.Health.HANGS:
         raise UnmountFailed(
             f"{mountpoint} does not answer, and its daemon is not registered in "
             f"{registry.directory}; if it is dead: umount -f -l {mountpoint}"
