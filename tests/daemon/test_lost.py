@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import json
 import os
@@ -15,8 +16,12 @@ import pytest
 
 from modelfs.chunk import describe
 from modelfs.errors import OutOfSpace, ProtocolError, UserError
+from modelfs.ids import Epoch
 from modelfs.inode import Inode
 from modelfs.limits import KIB
+from modelfs.manifest import PlacedChunk
+from modelfs.ports import Holding
+from modelfsd.storage.disk import DiskChunkStore
 from modelfsd.writing import lost, recover, staging
 from modelfsd.writing.layout import read_journal
 from modelfsd.writing.recover import RecoveryFailed
@@ -186,3 +191,23 @@ async def test_one_that_moves_while_we_look_is_listed(
         monkeypatch.setattr(lost, "_directories", directories)
         (copy,) = lost.lost_copies(node.state_dir, {})
         assert copy.name == name and copy.directory == kept
+
+
+async def test_a_copy_here_that_cannot_be_opened_is_read_from_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged inode in the store, as `DiskChunkStore` takes it: one copy less."""
+    ref, table = describe(b"sealed")
+    store = DiskChunkStore(tmp_path / "chunks", 0)
+    store.put(ref, table, b"sealed", Holding.OWNED)
+    chunks, placed, real = recover._Chunks(tmp_path), PlacedChunk(ref, Epoch(1)), os.open
+    assert chunks(placed, 1, 0, 6) == b"sealed"
+
+    def refuse(path: str | Path, flags: int, *more: int) -> int:
+        if "/owned/" in str(path):
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match="no modelfs daemon runs"):  # it would have asked the others
+        chunks(placed, 1, 0, 6)

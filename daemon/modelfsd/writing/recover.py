@@ -30,6 +30,7 @@ from modelfsd.commands.control import call
 from modelfsd.commands.registry import Registry
 from modelfsd.config import default_state_dir
 from modelfsd.storage import chunk_file
+from modelfsd.storage.chunk_tree import NO_COPY_ERRNOS
 from modelfsd.units import format_size
 from modelfsd.writing import layout, lost
 from modelfsd.writing.lost import LostCopy
@@ -357,7 +358,9 @@ class _Chunks:
             try:
                 path = self._store / holding.value / name[:2] / name[2:]
                 descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
+            except OSError as error:
+                if error.errno not in NO_COPY_ERRNOS:
+                    raise
                 continue
             try:
                 data = chunk_file.read_range(descriptor, chunk.ref, start, size)
