@@ -307,3 +307,27 @@ async def test_a_directory_that_cannot_be_read_keeps_no_other_from_being_looked_
         assert tour.chunks == len(others)
         assert tour.unreadable_chunks == 1
         assert f"{first:02x}" in tour.example
+
+
+def test_a_cached_copy_that_cannot_be_removed_keeps_no_other_from_going(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged inode: whoever makes room, or empties the cache, goes on."""
+    store = DiskChunkStore(tmp_path, MIB)
+    refs = []
+    for data in (b"bad", b"good", b"better"):
+        ref, table = describe(data)
+        store.put(ref, table, data, Holding.CACHED)
+        refs.append(ref)
+    name, real = refs[0].id.hex()[2:], os.unlink
+
+    def unlink(path: str) -> None:
+        if path.endswith(name):
+            raise OSError(errno.EUCLEAN, os.strerror(errno.EUCLEAN))
+        real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", unlink)
+        store.drop_cached()
+    assert store.usage().cached_chunks == 0
+    assert [path.name for path in (tmp_path / "cached").rglob("?????*")] == [name]

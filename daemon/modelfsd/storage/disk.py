@@ -341,8 +341,11 @@ class DiskChunkStore:
             size = self._cached.pop(chunk, None)
             self._cached_bytes -= size or 0
         if size is not None:
-            with suppress(FileNotFoundError):
+            try:
                 os.unlink(self._path(chunk, Holding.CACHED))
+            except OSError as error:
+                if error.errno not in NO_COPY_ERRNOS:
+                    raise
 
     def _evict_down_to(self, target_bytes: int) -> None:
         """Remove cached chunks, least recently used first. The caller holds no lock.
