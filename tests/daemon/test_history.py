@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import trio
 
 from modelfs import changes
 from modelfs.errors import MetadataUnavailable, UserError
@@ -19,6 +21,7 @@ from modelfs.xattrs import set_xattr
 from modelfsd.metadata import history as history_module
 from modelfsd.metadata.policies import Policies
 from modelfsd.storage.survey import Survey
+from tests.daemon.fsck_parts import make_directory
 from tests.daemon.history_parts import (
     HOUR_NS,
     entries,
@@ -204,3 +207,21 @@ async def test_a_file_of_many_names_and_much_beside_its_contents_can_be_written(
         assert await node.read_file(b"g14") == b"second"
         kept = await entries(node)
         assert 0 < len(kept) < 16
+
+
+@pytest.mark.parametrize(
+    ("name", "typed"), [(b"a b", "'/m/a b'"), (b"d\xff\n'", r"$'/m/d\xff\x0a\x27'")]
+)
+async def test_what_is_to_be_typed_names_the_directory_whatever_its_bytes(
+    tmp_path: Path, name: bytes, typed: str
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        await make_directory(node, name)
+        await remove(node, name, directory=True)
+        path = [name.decode(errors="surrogateescape"), "f"]
+        with pytest.raises(UserError, match=re.escape(f"modelfs restore {typed} --version 1")):
+            await history_of(node).restore({"path": path, "number": 1})
+        shell = ["bash", "-c", f"printf %s {typed}"]
+        shown = await trio.run_process(shell, capture_stdout=True)
+        assert shown.stdout == b"/m/" + name

@@ -12,6 +12,7 @@ whoever has the file open here keeps the version that he opened.
 
 from __future__ import annotations
 
+import os
 import shlex
 import stat
 import time
@@ -147,8 +148,17 @@ class History:
             raise MetadataUnavailable("etcd is out of reach, and with it the history")
 
     def _said(self, names: list[bytes]) -> str:
-        """A path as the user can type it."""
+        """A path for people."""
         return str(self._mountpoint) + path_text(names).rstrip("/")
+
+    def _typed(self, names: list[bytes]) -> str:
+        """A path as it is to be typed in bash, whatever its bytes."""
+        path = b"/".join((os.fsencode(self._mountpoint), *names))
+        if (text := os.fsdecode(path)).isprintable():
+            return shlex.quote(text)
+        is_plain = frozenset(range(0x20, 0x7F)) - frozenset(b"'\\")
+        escaped = "".join(chr(c) if c in is_plain else f"\\x{c:02x}" for c in path)
+        return f"$'{escaped}'"
 
     def _current(self, place: _Place) -> tuple[Child, Inode] | None:
         child = self._mirror.child(place.parent, place.name)
@@ -214,10 +224,9 @@ class History:
         """The history entry to restore from. Raises `UserError` that says what is possible."""
         if place.gone:
             prefix, last = place.gone[0]
-            directory = self._said(prefix)
             raise UserError(
-                f"the directory {directory} was removed: restore it first, with\n"
-                f"  modelfs restore {shlex.quote(directory)} --version {last}"
+                f"the directory {self._said(prefix)} was removed: restore it first, with\n"
+                f"  modelfs restore {self._typed(prefix)} --version {last}"
             )
         if number == number_of(self._mirror, place.parent, place.name):
             raise UserError(f"version {number} of {self._said(place.names)} is the current one")
