@@ -88,3 +88,26 @@ async def test_a_node_that_cannot_register_yet_goes_on_trying(
             await trio.sleep(2)
             assert name_in(store, node) == "renamed"
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expected_logs(NO_HEARTBEAT, "was away for too long")
+async def test_a_registration_that_was_not_answered_does_not_end_all_writing(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
+    store = RefusingStore()
+    async with cluster_of(1, tmp_path, store) as cluster:
+        (node,) = cluster.nodes
+        membership = membership_of(node, store)
+        await membership.register()
+        await node.make_file(b"f")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(membership.run)
+            await store.revoke(node.leases.etcd_lease)  # it was cut off, and its lease has lapsed
+            store.error = MetadataUncertain("no answer")
+            await trio.sleep(NODE_LEASE_SECONDS / 2)
+            store.error = None
+            await trio.sleep(NODE_LEASE_SECONDS)
+            assert name_in(store, node) == "renamed"
+            session = await node.open(b"f")  # under the lease that is kept alive
+            await session.release()
+            nursery.cancel_scope.cancel()

@@ -152,13 +152,16 @@ class Membership:
             )
 
     async def _renew_registration(self) -> Revision:
-        """Register under a new lease of etcd."""
-        self._etcd_lease = await self._store.grant(NODE_LEASE_SECONDS)
-        revision = await self._report()
-        self._leases.etcd_lease = self._etcd_lease
+        """Register under a new lease of etcd. It is ours once our record is bound to it.
+
+        Until then the old one counts, whose heartbeat fails: so all of it is done again.
+        """
+        etcd_lease = await self._store.grant(NODE_LEASE_SECONDS)
+        revision = await self._report(etcd_lease)
+        self._etcd_lease = self._leases.etcd_lease = etcd_lease
         return revision
 
-    async def _report(self) -> Revision:
+    async def _report(self, etcd_lease: int) -> Revision:
         """Put our record. Blind: nobody else writes it."""
         usage = await trio.to_thread.run_sync(self._usage)
         record = NodeRecord(
@@ -174,7 +177,7 @@ class Membership:
             etcd_endpoint=self._myself.etcd_endpoint,
             reclaim_grace_seconds=self._myself.reclaim_grace_seconds,
         )
-        put = Put(keys.node(self._myself.node), encode(record), self._etcd_lease)
+        put = Put(keys.node(self._myself.node), encode(record), etcd_lease)
         return (await self._store.commit(Txn((), (put,)))).revision
 
     def _plan_map(self, mirror: Mirror) -> Plan[Epoch]:
@@ -205,7 +208,7 @@ class Membership:
                     self._leases.lose_all("this node was cut off for too long")
                     await self._renew_registration()
                 elif trio.current_time() >= next_report:
-                    await self._report()
+                    await self._report(self._etcd_lease)
                     next_report = trio.current_time() + REPORT_SECONDS
             except TAKES_NO_CHANGE as error:
                 log.warning("etcd takes no heartbeat: %s", error)
