@@ -52,6 +52,8 @@ LOG_CHECK_SECONDS = 300.0
 _REMOVED_TEXTS = ('"msg":"server error"', "permanently removed from the cluster")
 _FATAL_STARTS = ('{"level":"fatal"', '{"level":"panic"', "panic: ")
 _CORRUPT_TEXTS = ("crc mismatch", "WAL", "wal: ", "snapshot", "database", "panic: ")
+# ... but this passes, and harms no data: it is tried again until it does.
+_PASSING_TEXTS = ("no space left on device", "disk quota exceeded", "too many open files")
 
 
 class MemberRemoved(UserError):
@@ -175,11 +177,14 @@ class EtcdMember:
         try:
             await self.process.stop()
             if not self._is_stopping:
-                self._launch(((self._name, self.peer_url),), state="existing")
+                self._launch_again()
         finally:
             self._restarted.set()
             self._restarted = None
-        return await self._serves_within(RESUME_SECONDS)
+        try:
+            return await self._serves_within(RESUME_SECONDS)
+        except UserError:
+            return False  # `run` says why, and sees to it
 
     async def stop(self) -> None:
         """End the child, in bounded time, also when cancelled. Harmless if there is none."""
@@ -353,7 +358,15 @@ class EtcdMember:
             pause_seconds = min(2 * pause_seconds, RESTART_SECONDS_MAX)
             if self._is_stopping:
                 return
+            if not self.process.is_running:  # `restart` may have been first
+                self._launch_again()
+
+    def _launch_again(self) -> None:
+        """Start the child of a member that runs. What keeps it from starting may pass."""
+        try:
             self._launch(((self._name, self.peer_url),), state="existing")
+        except (OSError, UserError) as error:
+            log.error("etcd cannot be started now: %s", error)
 
     async def _keep_announcing(self) -> None:
         while not self._is_announced:
@@ -371,7 +384,8 @@ class EtcdMember:
             )
         text = f"etcd ended with status {self.process.exit_status}; {self._last_words()}"
         last_cries = [line for line in lines if line.startswith(_FATAL_STARTS)]
-        if any(part in line for line in last_cries for part in _CORRUPT_TEXTS):
+        is_passing = any(part in line for line in last_cries for part in _PASSING_TEXTS)
+        if not is_passing and any(p in line for line in last_cries for p in _CORRUPT_TEXTS):
             return MemberCorrupt(
                 f"{text}\nIf its data directory is damaged and other voters are alive, delete"
                 f" {self.process.data_directory} and {self._record.path} to join again"

@@ -120,7 +120,10 @@ class EtcdProcess:
                 env=_environment(),
                 start_new_session=True,
             )
-        self._pid_path.write_text(f"{self._child.pid}\n")
+        try:
+            self._pid_path.write_text(f"{self._child.pid}\n")
+        except OSError as error:  # it is for the case that the kernel does not end the child
+            log.warning("%s cannot be written: %s", self._pid_path, error)
 
     async def wait(self) -> int:
         """Wait until the child has ended, without a thread; returns its exit status."""
@@ -170,11 +173,16 @@ class EtcdProcess:
         """If the log has grown too large, move its contents to `etcd.log.1`.
 
         Copied and truncated rather than renamed, since a running etcd holds it open (to append).
+        On a full disk it stays as it is, and is looked at again.
         """
-        with suppress(FileNotFoundError):
+        try:
             if self.log_path.stat().st_size > LOG_BYTES_MAX:
                 shutil.copyfile(self.log_path, self.log_path.with_suffix(".log.1"))
                 os.truncate(self.log_path, 0)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("%s cannot be moved away: %s", self.log_path, error)
 
     def log_tail(self, size_bytes: int = LOG_TAIL_BYTES) -> str:
         """The last lines that the last child logged, whole ones."""
