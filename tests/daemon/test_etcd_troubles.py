@@ -6,13 +6,21 @@ import errno
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
+from modelfs.errors import UserError
+from modelfsd.cluster import bootstrap as bootstraps
+from modelfsd.cluster.announcements import Announcement, Found
+from modelfsd.cluster.bootstrap import Bootstrap, Entered
+from modelfsd.cluster.cluster_record import read_record
+from modelfsd.config import Config
 from modelfsd.etcd import process as etcd_process
-from modelfsd.etcd.member import MemberCorrupt
+from modelfsd.etcd.member import EtcdMember, MemberCorrupt
 from tests.daemon.etcd_parts import cluster, new_member, run, until
+from tests.loopback import new_address
 
 pytestmark = pytest.mark.etcd
 
@@ -75,3 +83,87 @@ def test_a_full_disk_is_no_damage(tmp_path: Path) -> None:
 def disk_is_full(*_: object, **__: object) -> None:
     """What writing does then."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Killed(Exception):
+    """The node ended here, and nothing after it was done."""
+
+
+class Alone:
+    """As much of `Discovery` as founding needs, where nobody is announced."""
+
+    async def announce(self, announcement: Announcement) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def browse_for(self, seconds: float) -> list[Found]:
+        return self.snapshot()
+
+    def snapshot(self) -> list[Found]:
+        return []
+
+
+async def enter(state_dir: Path, address: str) -> Entered:
+    unused: Any = None
+    config = Config(state_dir / "mnt", state_dir, "gpu", (address, 7420), unused)
+    alone: Any = Alone()
+    return await Bootstrap(config, alone, unused).enter()
+
+
+def killed(*_: object, **__: object) -> None:
+    raise Killed
+
+
+forget = EtcdMember.forget
+
+
+def forget_and_die(member: EtcdMember) -> None:
+    forget(member)
+    raise Killed
+
+
+def stepping_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    rival = UserError("there is a cluster on this network already")
+    monkeypatch.setattr(bootstraps, "rival_of", lambda claim, discovery: rival)
+
+
+@pytest.mark.expected_logs("was not finished here")
+@pytest.mark.parametrize("where", ["after etcd", "stepping back"])
+def test_a_founding_that_died_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    async def main() -> None:
+        address = new_address()
+        with monkeypatch.context() as patch:
+            if where == "after etcd":
+                patch.setattr(bootstraps, "found_in", killed)
+            else:
+                stepping_back(patch)
+                patch.setattr(EtcdMember, "forget", forget_and_die)
+            with pytest.raises(Killed):
+                await enter(tmp_path, address)
+        entered = await enter(tmp_path, address)
+        assert entered.member is not None
+        try:
+            async with entered.store as store:
+                record = await read_record(store)
+                assert record is not None and record.id == entered.identity.cluster
+        finally:
+            await entered.member.stop()
+
+    run(main)
+
+
+def test_etcd_of_a_node_that_has_lost_its_name_is_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        address = new_address()
+        entered = await enter(tmp_path, address)
+        assert entered.member is not None
+        async with entered.store:
+            await entered.member.stop()
+        kept = sorted((tmp_path / "etcd").rglob("*"))
+        (tmp_path / "node.json").unlink()
+        with pytest.raises(UserError, match=r"node.json.*restore it, or move"):
+            await enter(tmp_path, address)
+        assert kept and sorted((tmp_path / "etcd").rglob("*")) == kept
+
+    run(main)

@@ -27,7 +27,7 @@ from modelfs.errors import (
 from modelfs.ids import ClusterId
 from modelfsd.cluster.cluster_record import ClusterRecord, found_in, read_record
 from modelfsd.cluster.discovery import Discovery
-from modelfsd.cluster.founding import Claim, rival_of, settle_claim
+from modelfsd.cluster.founding import Claim, forget_founding, rival_of, settle_claim
 from modelfsd.config import Config
 from modelfsd.etcd.channel import Credentials
 from modelfsd.etcd.join import Role, wanted_role
@@ -98,6 +98,8 @@ class Bootstrap:
         if self._identity.cluster and not self._is_left_behind():
             self._certify()
             return await (self._enter_external() if config.etcd else self._return())
+        if not self._identity.cluster:
+            await forget_founding(config.state_dir, self._identity, self._keys)
         if config.join is not None:
             return await self._join(config.join)
         if config.etcd:
@@ -188,14 +190,14 @@ class Bootstrap:
         self._keys.certify(claim.party, self._addresses, claim.founded_at)
 
     async def _step_back(self, entered: Entered) -> None:
-        """Undo the founding of a cluster that is empty yet."""
+        """Undo the founding of a cluster that is empty yet; `forget_founding` goes on with it."""
         assert entered.member is not None
         await entered.member.stop()
         await entered.store.__aexit__(None, None, None)
-        await trio.to_thread.run_sync(entered.member.forget)
-        self._keys.remove()
         self._identity = Identity(self._identity.node)
         identities.save(self._config.state_dir, self._identity)
+        await trio.to_thread.run_sync(entered.member.forget)
+        self._keys.remove()
 
     async def _join(self, token: Token) -> Entered:
         """Become a member, then enter as one."""

@@ -15,13 +15,23 @@ multicast loses for that long is caught by a second look, when the cluster is th
 from __future__ import annotations
 
 import logging
+import shutil
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
 
 from modelfs.errors import UserError
 from modelfs.ids import ClusterId, NodeId
 from modelfsd.cluster.announcements import FOUNDING, UP, Announcement, Found
 from modelfsd.cluster.discovery import Discovery
 from modelfsd.config import Config
+from modelfsd.etcd.process import EtcdProcess
+from modelfsd.etcd.standing import Standing, StandingRecord
+from modelfsd.trust import pki
+from modelfsd.trust.identity import Identity
+from modelfsd.trust.keyring import KeyRing
 from modelfsd.trust.pki import Party
 
 log = logging.getLogger(__name__)
@@ -74,6 +84,26 @@ def rival_of(claim: Claim, discovery: Discovery) -> UserError | None:
     others = [found for found in discovery.snapshot() if found.state == UP]
     rivals = [found for found in others if (found.since_ms, found.cluster) < ours]
     return UserError(_how_to_join(rivals)) if rivals else None
+
+
+async def forget_founding(state_dir: Path, identity: Identity, keys: KeyRing) -> None:
+    """Make room where a founding died before this node knew of its cluster: it is empty.
+
+    Raises `UserError` if the member of etcd that is here may be another one.
+    """
+    record = StandingRecord(state_dir)
+    if record.standing is not Standing.MEMBER:
+        return
+    if not keys.is_whole or keys.load().node.serial_number != pki.serial_of(identity.node):
+        raise UserError(
+            f"{state_dir} holds a member of etcd, of a cluster that its node.json does not know: "
+            f"restore it, or move {state_dir} away to start as a new node"
+        )
+    log.warning("the founding of a cluster was not finished here: it is begun anew")
+    process = EtcdProcess(state_dir)
+    await process.end_orphan()
+    await trio.to_thread.run_sync(partial(shutil.rmtree, process.data_directory, True))
+    record.path.unlink()
 
 
 def _how_to_join(found: list[Found], config: Config | None = None) -> str:
