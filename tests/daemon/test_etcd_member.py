@@ -18,8 +18,9 @@ from modelfs.errors import UserError
 from modelfs.ids import NodeId
 from modelfs.testing.contract_metadata import put
 from modelfsd.etcd import process as etcd_process
+from modelfsd.etcd.endings import MemberCorrupt, MemberRemoved
 from modelfsd.etcd.join import JOIN_KEY, Role, wanted_role
-from modelfsd.etcd.member import EtcdMember, MemberCorrupt, MemberRemoved
+from modelfsd.etcd.member import EtcdMember
 from modelfsd.etcd.standing import Standing
 from modelfsd.etcd.store import MemberInfo
 from tests.daemon.etcd_parts import (

@@ -12,14 +12,18 @@ import pytest
 import trio
 
 from modelfs.errors import UserError
+from modelfs.ids import NodeId
+from modelfs.testing.contract_metadata import put
 from modelfsd.cluster import bootstrap as bootstraps
 from modelfsd.cluster.announcements import Announcement, Found
 from modelfsd.cluster.bootstrap import Bootstrap, Entered
 from modelfsd.cluster.cluster_record import read_record
 from modelfsd.config import Config
 from modelfsd.etcd import process as etcd_process
-from modelfsd.etcd.member import EtcdMember, MemberCorrupt
-from tests.daemon.etcd_parts import cluster, new_member, run, until
+from modelfsd.etcd.endings import MemberCorrupt
+from modelfsd.etcd.member import EtcdMember
+from modelfsd.etcd.standing import Standing, StandingRecord
+from tests.daemon.etcd_parts import cluster, member_at, new_member, run, until
 from tests.loopback import new_address
 
 pytestmark = pytest.mark.etcd
@@ -165,5 +169,63 @@ def test_etcd_of_a_node_that_has_lost_its_name_is_kept(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"node.json.*restore it, or move"):
             await enter(tmp_path, address)
         assert kept and sorted((tmp_path / "etcd").rglob("*")) == kept
+
+    run(main)
+
+
+def test_a_voter_that_died_before_it_knew_is_missed_by_nobody_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path, 1) as (_, store):
+            name, address = NodeId("f" * 16), new_address()
+            joiner, write = member_at(tmp_path / name, name, address), StandingRecord.write
+
+            def write_or_die(record: StandingRecord, standing: Standing, id: int = 0) -> None:
+                if standing is Standing.MEMBER:
+                    raise Killed
+                write(record, standing, id)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(StandingRecord, "write", write_or_die)
+                try:
+                    with pytest.raises(ExceptionGroup):
+                        await joiner.join(store)
+                finally:
+                    await joiner.stop()
+            infos = await store.members()
+            assert len(infos) == 2 and not any(info.is_learner for info in infos)
+            again = member_at(tmp_path / name, name, address)
+            try:
+                assert await again.come_back(), "without it there is no majority"
+                await put(store, b"a", b"goes on")
+                assert again.standing is Standing.MEMBER
+            finally:
+                await again.stop()
+
+    run(main)
+
+
+@pytest.mark.expected_logs("was not finished", "removing etcd member .* left over from before")
+def test_who_died_as_a_learner_is_no_voter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with cluster(tmp_path, 1) as (_, store):
+            name, address = NodeId("f" * 16), new_address()
+            joiner = member_at(tmp_path / name, name, address)
+            with monkeypatch.context() as patch:
+                patch.setattr(EtcdMember, "_promoted", killed)
+                try:
+                    with pytest.raises(ExceptionGroup):
+                        await joiner.join(store)
+                    assert await joiner._serves_within(10)
+                finally:
+                    await joiner.stop()
+            again = member_at(tmp_path / name, name, address)
+            try:
+                assert not await again.come_back() and not again.process.is_running
+                await again.join(store)
+                assert again.standing is Standing.MEMBER
+            finally:
+                await again.stop()
 
     run(main)

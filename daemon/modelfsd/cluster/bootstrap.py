@@ -32,7 +32,6 @@ from modelfsd.config import Config
 from modelfsd.etcd.channel import Credentials
 from modelfsd.etcd.join import Role, wanted_role
 from modelfsd.etcd.member import EtcdMember
-from modelfsd.etcd.standing import Standing
 from modelfsd.etcd.store import EtcdStore
 from modelfsd.etcd.tls import EtcdTls, outside_credentials
 from modelfsd.trust import identity as identities
@@ -253,12 +252,12 @@ class Bootstrap:
     async def _return(self) -> Entered:
         member = self._new_member()
         log.info("returning to the cluster %s", self._identity.cluster_name)
-        if member.standing is Standing.MEMBER:
-            try:
-                await member.resume()
-            except BaseException:
-                await member.stop()
-                raise
+        try:
+            is_voter = await member.come_back()
+        except BaseException:
+            await member.stop()
+            raise
+        if is_voter:
             endpoints = dict.fromkeys([member.client_endpoint, *self._identity.endpoints])
             store = self._new_store([*endpoints])
             return self._entered(store, member)

@@ -23,6 +23,7 @@ import trio
 from modelfs.errors import MetadataUnavailable, ModelfsError, UserError
 from modelfs.ids import NodeId
 from modelfsd.etcd.channel import EtcdRefused
+from modelfsd.etcd.endings import MemberCorrupt, MemberRemoved, exit_error, last_words
 from modelfsd.etcd.join import (
     JOIN_LEASE_SECONDS,
     RETRY_SECONDS,
@@ -32,7 +33,7 @@ from modelfsd.etcd.join import (
     revoke,
     take_turn,
 )
-from modelfsd.etcd.process import LOG_SEARCH_BYTES, SOCKET_URL, EtcdProcess, check_port
+from modelfsd.etcd.process import SOCKET_URL, EtcdProcess, check_port
 from modelfsd.etcd.standing import Standing, StandingRecord
 from modelfsd.etcd.store import TOO_MANY_LEARNERS, EtcdStore, MemberInfo
 from modelfsd.etcd.tls import EtcdTls
@@ -42,26 +43,12 @@ log = logging.getLogger(__name__)
 JOIN_SECONDS = 180.0  # all in all, other nodes' turns included
 FOUND_SECONDS = 60.0
 RESUME_SECONDS = 15.0  # to serve again; the other voters may be away for longer than that
+RETURN_SECONDS = 60.0  # the same, while we look whether we are a voter
+SETTLE_SECONDS = 5.0  # for a member that has a leader to hear what it has missed
 POLL_SECONDS = 0.1  # etcd does not say when it is ready or in sync: ask
 RESTART_SECONDS_MIN, RESTART_SECONDS_MAX = 0.5, 30.0
 STEADY_SECONDS = 60.0  # a child that ran so long is restarted without delay again
 LOG_CHECK_SECONDS = 300.0
-
-# What etcd 3.4 and 3.5 log when they end for these reasons: in one line, all of the first; in a
-# line of level fatal or worse, one of the second.
-_REMOVED_TEXTS = ('"msg":"server error"', "permanently removed from the cluster")
-_FATAL_STARTS = ('{"level":"fatal"', '{"level":"panic"', "panic: ")
-_CORRUPT_TEXTS = ("crc mismatch", "WAL", "wal: ", "snapshot", "database", "panic: ")
-# ... but this passes, and harms no data: it is tried again until it does.
-_PASSING_TEXTS = ("no space left on device", "disk quota exceeded", "too many open files")
-
-
-class MemberRemoved(UserError):
-    """The cluster has removed this member; it can join again, with an empty data directory."""
-
-
-class MemberCorrupt(UserError):
-    """The member's data directory cannot be read."""
 
 
 class EtcdMember:
@@ -104,7 +91,9 @@ class EtcdMember:
         self._start(initial=((self._name, self.peer_url),), state="new")
         if not await self._serves_within(FOUND_SECONDS):
             await self.process.stop()
-            raise UserError(f"etcd did not start in {FOUND_SECONDS:.0f} s; {self._last_words()}")
+            raise UserError(
+                f"etcd did not start in {FOUND_SECONDS:.0f} s; {last_words(self.process)}"
+            )
         self._record.write(Standing.MEMBER)
         self._is_announced = True
 
@@ -121,6 +110,40 @@ class EtcdMember:
             await self._announce()
         else:
             log.warning("etcd runs, but has no quorum yet: it waits for the other voters")
+
+    async def come_back(self) -> bool:
+        """Resume if this node is a voter; whether it is. Raises `UserError`.
+
+        One whose attempt to join died right after it was promoted is a voter as well, and does not
+        know it yet. Of two voters neither can be asked without the other, so it starts, and looks.
+        """
+        if self.standing is Standing.MEMBER:
+            await self.resume()
+            return True
+        is_here = self.standing is Standing.UNFINISHED and self.process.data_directory.exists()
+        if not is_here or not self._record.member_id:
+            return False
+        try:
+            await self.process.end_orphan()
+            self._start(initial=((self._name, self.peer_url),), state="existing")
+            if await self._serves_within(RETURN_SECONDS) and await self._is_voter():
+                self._record.write(Standing.MEMBER, self._record.member_id)
+                await self._announce()
+                return True
+        except (UserError, MetadataUnavailable) as error:
+            log.info("etcd of an attempt to join cannot be resumed: %s", error)
+        log.warning("joining etcd was not finished here: it is begun anew")
+        await self.process.stop()
+        return False
+
+    async def _is_voter(self) -> bool:
+        """Whether we are promoted, as soon as the leader has told us what has come to pass."""
+        deadline = trio.current_time() + SETTLE_SECONDS
+        while (await self._store.member_status(self.client_endpoint)).is_learner:
+            if trio.current_time() > deadline:
+                return False
+            await trio.sleep(POLL_SECONDS)
+        return True
 
     async def join(self, store: EtcdStore) -> None:
         """Become a voter of the cluster that `store` talks to.
@@ -374,23 +397,4 @@ class EtcdMember:
             await trio.sleep(RETRY_SECONDS)
 
     def _exit_error(self) -> UserError:
-        """Why the child ended, as far as its log says."""
-        lines = self.process.log_tail(LOG_SEARCH_BYTES).splitlines()
-        if any(all(text in line for text in _REMOVED_TEXTS) for line in lines):
-            return MemberRemoved(
-                "the cluster has removed this node's etcd member. Its data directory"
-                f" {self.process.data_directory} is of no more use: delete it and"
-                f" {self._record.path} to join again"
-            )
-        text = f"etcd ended with status {self.process.exit_status}; {self._last_words()}"
-        last_cries = [line for line in lines if line.startswith(_FATAL_STARTS)]
-        is_passing = any(part in line for line in last_cries for part in _PASSING_TEXTS)
-        if not is_passing and any(p in line for line in last_cries for p in _CORRUPT_TEXTS):
-            return MemberCorrupt(
-                f"{text}\nIf its data directory is damaged and other voters are alive, delete"
-                f" {self.process.data_directory} and {self._record.path} to join again"
-            )
-        return UserError(text)
-
-    def _last_words(self) -> str:
-        return f"the last lines of {self.process.log_path}:\n{self.process.log_tail().rstrip()}"
+        return exit_error(self.process, self._record.path)
