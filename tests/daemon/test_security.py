@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
 from cryptography import x509
 
 from modelfs import keys
@@ -16,6 +20,7 @@ from modelfs.mirror import Mirror, SecurityChanged
 from modelfs.ports import Event
 from modelfsd.commands.status import judge_keys
 from modelfsd.trust import identity as identities
+from modelfsd.trust.keyring import KeyRing
 from modelfsd.trust.pki import Party
 from modelfsd.trust.security import Removed, Security
 from modelfsd.trust.tls import Tls
@@ -116,3 +121,31 @@ def test_an_end_of_keys_that_comes_near_is_warned_of(tmp_path: Path) -> None:
     assert "certificate ends in 19 days" in warning
     [warning] = judge_keys(2 * authority_ends, authority_ends, authority_ends - 100 * DAY)
     assert "modelfs ca rotate" in warning
+
+
+@pytest.mark.expected_logs("keys stay as they are")
+@pytest.mark.parametrize("operation", ["_read", "_write"])
+async def test_a_machine_short_of_something_ends_no_node(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    virtual_time: trio.testing.MockClock,
+    operation: str,
+) -> None:
+    ring, store, mirror = key_ring(SERVER, directory=tmp_path), Store(), Mirror()
+    tls = Tls(ring, Party(CLUSTER, SERVER))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with served(tls=tls) as peer:
+        driver = security(peer, tls, mirror, tmp_path, store)
+        driver.on_changes(mirror.apply(removed(CLIENT, 5)))
+        async with trio.open_nursery() as nursery:
+            with monkeypatch.context() as patch:
+                patch.setattr(KeyRing, operation, fail)
+                nursery.start_soon(driver.run)
+                await trio.sleep(10)
+            assert ring.listed() == set()
+            await trio.sleep(10)
+            assert ring.listed() == {CLIENT}
+            nursery.cancel_scope.cancel()

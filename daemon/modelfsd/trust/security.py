@@ -69,7 +69,7 @@ class Security:
         self._store, self._member, self._is_etcd_ours = store, member, is_etcd_ours
         self._mirror, self._server, self._peers = mirror, server, peers
         self._news = trio.Event()
-        self._is_restart_due = False
+        self._is_reload_due = self._is_restart_due = False  # noted before the files are written
         self._quiet = RateLimited(log, 600.0)
         self.refuse_removed()
 
@@ -102,6 +102,11 @@ class Security:
                 pause_seconds = RETRY_SECONDS
             except ProtocolError as error:
                 self._quiet.error("trust", "the keys stay as they are: %s", error)
+            except Removed:
+                raise
+            except (OSError, UserError) as error:  # a full disk, or too few descriptors
+                self._quiet.error("files", "the keys stay as they are for now: %s", error)
+                pause_seconds = RETRY_SECONDS
             with trio.move_on_after(pause_seconds):
                 await self._news.wait()
 
@@ -118,6 +123,9 @@ class Security:
             await self._follow_trust(trust, removed)
         await self._renew()
         await self._list_removed(removed)
+        if self._is_reload_due:
+            self._use_new_files()
+            self._is_reload_due = False
         if self._is_restart_due and self._member is not None:
             await restart_in_turn(self._store, self._member, self._party.node)
             self._is_restart_due = False
@@ -132,13 +140,13 @@ class Security:
             return
         if authority.certificate != signer:
             authority = await self._obtain(signer)
-        take = partial(self._keys.take, authority, wanted, removed)
-        await trio.to_thread.run_sync(take)
-        await trio.to_thread.run_sync(self._certify)
-        self._use_new_files()
+        self._is_reload_due = True
         # etcd reads the certificates at each handshake, but whom to trust only when it starts.
         if set(wanted) != set(trusted):
             self._is_restart_due = self._member is not None
+        take = partial(self._keys.take, authority, wanted, removed)
+        await trio.to_thread.run_sync(take)
+        await trio.to_thread.run_sync(self._certify)
         log.info("taking step %d in changing the authority", trust.step)
 
     async def _obtain(self, signer: Certificate) -> Authority:
@@ -171,7 +179,7 @@ class Security:
     async def _renew(self) -> None:
         if await trio.to_thread.run_sync(self._certify):
             log.info("this node's certificate was renewed")
-            self._use_new_files()
+            self._is_reload_due = True
 
     def _certify(self) -> bool:
         return self._keys.certify(self._party, self._addresses, time.time())
@@ -188,6 +196,5 @@ class Security:
         """Put the removed nodes on etcd's list, and end what connections they have to ours."""
         if await trio.to_thread.run_sync(self._keys.listed) == removed:
             return
+        self._is_reload_due, self._is_restart_due = True, self._member is not None
         await trio.to_thread.run_sync(lambda: self._keys.refuse(removed, time.time()))
-        self._use_new_files()
-        self._is_restart_due = self._member is not None
