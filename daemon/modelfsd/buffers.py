@@ -145,4 +145,12 @@ class BufferPool:
             self._used_bytes += size if buffer is None else len(buffer)
             while self._idle and self._used_bytes + sum(map(len, self._idle)) > self.bytes_max:
                 self._idle.pop(0)
-        return empty_buffer(size) if buffer is None else buffer
+        if buffer is not None:
+            return buffer
+        try:
+            return empty_buffer(size)
+        except BaseException:  # there is no memory: it is not in use then
+            with self._changed:
+                self._used_bytes -= size
+                self._changed.notify_all()
+            raise

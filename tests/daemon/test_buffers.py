@@ -10,6 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from modelfs.limits import MIB
+from modelfsd import buffers
 from modelfsd.buffers import RECYCLED_BYTES_MIN, BufferPool, Recycler
 
 
@@ -88,3 +89,22 @@ def test_a_kernel_without_huge_pages_lends_memory_too(monkeypatch: pytest.Monkey
     buffer = Recycler(0).take(RECYCLED_BYTES_MIN)
     buffer[-1] = 7
     assert len(buffer) == RECYCLED_BYTES_MIN
+
+
+def test_a_machine_short_of_memory_takes_nothing_from_the_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the chunks that peers put would wait for ever, once it has happened often enough."""
+    pool = BufferPool(2 * MIB)
+
+    def fail(size: int) -> memoryview:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(buffers, "empty_buffer", fail)
+        for _ in range(3):
+            with pytest.raises(OSError, match="memory"), pool.borrow(MIB):
+                pass
+    assert pool._used_bytes == 0
+    with pool.borrow(MIB) as buffer:
+        assert len(buffer) == MIB
