@@ -23,11 +23,12 @@ import trio
 
 from modelfs.errors import ModelfsError, UserError
 from modelfs.ids import ROOT_INODE
-from modelfs.mirror import Change, NodeChanged
+from modelfs.mirror import NodeChanged
 from modelfs.policy import Rules
 from modelfsd.cluster.announcements import Announcement
 from modelfsd.cluster.bootstrap import Bootstrap, Entered
 from modelfsd.cluster.discovery import Discovery
+from modelfsd.cluster.etcd_addresses import EtcdAddresses
 from modelfsd.cluster.membership import Membership, Self
 from modelfsd.cluster.removal import Removal
 from modelfsd.commands.control import ControlServer
@@ -66,9 +67,7 @@ from modelfsd.storage.disk import DiskChunkStore
 from modelfsd.storage.repairer import Repairer
 from modelfsd.storage.replicator import Replicator
 from modelfsd.storage.upkeep import Upkeep, UpkeepParts
-from modelfsd.trust import identity as identities
 from modelfsd.trust.admission import Admission
-from modelfsd.trust.joining import ENDPOINTS_MAX
 from modelfsd.trust.rotation import Rotation
 from modelfsd.trust.security import Security
 from modelfsd.trust.tls import Tls
@@ -205,6 +204,9 @@ class Node:
         self._security = Security(
             self._tls, config.listen[0], config.state_dir, *etcd, self._server, self._peers
         )
+        if self._is_etcd_ours:
+            known = EtcdAddresses(config.state_dir, identity, self._store, self._feed.mirror)
+            self._feed.listen(known.on_changes)
 
     def _build_kernel_side(self) -> None:
         """The mount and what answers it, and the listeners that keep both true to the mirror."""
@@ -258,7 +260,6 @@ class Node:
         watchers = (self._security, cache, leases, self._membership, self._upkeep, self._retention)
         for listener in watchers:
             self._feed.listen(listener.on_changes)
-        self._feed.listen(self._on_changes)
         self._membership.on_changes([NodeChanged(n, r) for n, r in mirror.nodes.items()])
         self._status = Status(
             config,
@@ -276,22 +277,6 @@ class Node:
         if kept := self._writer.keep_leftovers():
             lost_dir = self._writer.lost_dir
             log.warning("%d files that were not committed are kept in %s", kept, lost_dir)
-
-    def _on_changes(self, changes: list[Change]) -> None:
-        """Learn of other nodes' etcd, to find the cluster again after a restart."""
-        known = list(self._store.endpoints)
-        for change in changes:
-            if isinstance(change, NodeChanged) and change.record and not self._config.etcd:
-                endpoint = change.record.etcd_endpoint
-                if endpoint and endpoint not in known:
-                    known.append(endpoint)
-        if len(known) > ENDPOINTS_MAX:  # only of those that live
-            alive = (record.etcd_endpoint for record in self._feed.mirror.nodes.values())
-            known = list(dict.fromkeys(filter(None, alive)))[:ENDPOINTS_MAX] or known[:1]
-        if known != list(self._store.endpoints):
-            self._store.set_endpoints(known)
-            self._identity = self._identity.knowing(tuple(known))
-            identities.save(self._config.state_dir, self._identity)
 
     # ------------------------------------------------------------ mounted
 
