@@ -150,3 +150,24 @@ async def test_a_key_that_dies_with_its_maker_is_replaced(tmp_path: Path, decisi
         with trio.fail_after(60):
             await found.rotation(successor).rotate({"force": True})
         found.assert_done()
+
+
+@pytest.mark.parametrize("second", [0, 1], ids=["on one node", "on two nodes"])
+async def test_of_two_commands_at_once_one_is_refused(tmp_path: Path, second: int) -> None:
+    store = MortalStore()
+    told: list[str] = []
+    async with rotated(tmp_path, store) as found:
+        rotations = [found.rotation(node) for node in found.cluster.nodes]
+
+        async def rotate(rotation: Rotation) -> None:
+            try:
+                await rotation.rotate({})
+            except UserError as error:
+                told.append(str(error))
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(rotate, rotations[0])
+                nursery.start_soon(rotate, rotations[second])
+        assert len(told) == 1 and "wait until it is done" in told[0]
+        found.assert_done()

@@ -69,18 +69,31 @@ def trust_of(mirror: Mirror) -> Trust | None:
 
 
 class Rotation:
-    """The handler. One at a time, of which a guarded transaction makes sure."""
+    """The handler. One at a time: here by a flag, in the cluster by guarded transactions.
+
+    Each decision is guarded by the one that it follows from, as this node has read it then.
+    """
 
     def __init__(
         self, identity: Identity, keyring: KeyRing, store: MetadataStore, mirror: Mirror
     ) -> None:
         self._identity, self._keyring = identity, keyring
         self._store, self._mirror = store, mirror
+        self._is_under_way = False
 
     async def rotate(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry it out, or go on with what somebody has begun."""
         if not request.get("force"):
             self._refuse_without_all()
+        if self._is_under_way:  # its client may have gone; a second key would replace its own
+            raise UserError("this node is changing the authority: wait until it is done")
+        self._is_under_way = True
+        try:
+            return await self._rotate()
+        finally:
+            self._is_under_way = False
+
+    async def _rotate(self) -> dict[str, Any]:
         try:
             trust = trust_of(self._mirror)
             if trust is None or len(trust.certificates) == 1:
@@ -132,12 +145,17 @@ class Rotation:
             0,
             self._identity.node,
         )
-        return await self._put(trust)
+        return await self._decide(before, trust)
 
     async def _put(self, trust: Trust, **changes: object) -> Trust:
         """Decide on the next step, unless somebody else has decided meanwhile."""
-        fresh = msgspec.structs.replace(trust, step=trust.step + 1, **changes)
+        return await self._decide(trust, msgspec.structs.replace(trust, **changes))
+
+    async def _decide(self, before: Trust | None, trust: Trust) -> Trust:
+        fresh = msgspec.structs.replace(trust, step=trust.step + 1)
         row = self._mirror.other(keys.TRUST)
+        if trust_of(self._mirror) != before:
+            raise UserError("another node is changing the authority: wait until it is done")
         guard = Compare(keys.TRUST, Target.MOD, row.mod_revision if row else Revision(0))
         txn = Txn((guard,), (Put(keys.TRUST, msgspec.msgpack.encode(fresh)),))
         if not (await self._store.commit(txn)).succeeded:
