@@ -65,8 +65,10 @@ def test_a_full_disk_ends_etcd_and_not_the_node(
                     os.kill(old_pid, signal.SIGKILL)
 
                     async def is_back() -> bool:
+                        if process.pid in (None, old_pid):
+                            return False
                         await store.get(b"a")
-                        return process.pid not in (None, old_pid)
+                        return True
 
                     await until(is_back)
                 await members[0].stop()  # ends `run` too
