@@ -242,6 +242,26 @@ async def test_what_the_disk_does_not_give_back_is_told_and_the_rest_is_rebuilt(
         await session.release()
 
 
+async def test_the_file_has_its_name_for_good_before_its_owner_hears_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster_of(1, tmp_path) as cluster:
+        (node,) = cluster.nodes
+        rebuild = Rebuild(node.state_dir, await lose_sealed_chunks(node, 1), Store(cluster))
+        synced: list[tuple[str, bool]] = []
+
+        def fsync(descriptor: int) -> None:
+            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            synced.append((path, dest.exists()))
+
+        dest = tmp_path / "made"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            recover.write_out(rebuild, dest)
+        assert synced[-1] == (str(tmp_path), True)
+        assert synced[-2][1] is False and Path(synced[-2][0]).parent == tmp_path
+
+
 async def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
     async with cluster_of(1, tmp_path) as cluster:
         (node,) = cluster.nodes

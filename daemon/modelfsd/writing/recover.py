@@ -189,7 +189,7 @@ def _write_but_holes(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def _install(partial: Path, dest: Path) -> None:
-    """Give the file its name, never over another one."""
+    """Give the file its name for good, never over another one."""
     try:
         os.link(partial, dest)
     except OSError as error:
@@ -198,6 +198,11 @@ def _install(partial: Path, dest: Path) -> None:
         if os.path.lexists(dest):  # a file system without links
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(dest)) from error
         os.rename(partial, dest)
+    directory = os.open(dest.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)  # the lost copy may be removed now
+    finally:
+        os.close(directory)
 
 
 def _joined(missing: list[Missing]) -> list[Missing]:
