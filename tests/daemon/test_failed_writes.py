@@ -18,6 +18,7 @@ from modelfs.ports import Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
 from modelfs.testing.stores import MemoryPeers
 from modelfsd.writing import staging
+from modelfsd.writing.layout import read_description
 from tests.daemon.node_parts import cluster_of
 from tests.daemon.recover_parts import rebuilt
 
@@ -253,3 +254,25 @@ async def test_a_lease_that_lapses_right_after_the_commit_fails_no_close(tmp_pat
         assert session.failure is None
         assert await two.read_file(b"f") == b"more" + b"data" * 1999
         assert not list(one.writer.lost_dir.iterdir())
+
+
+@pytest.mark.expected_logs("cannot be committed, they are kept")
+async def test_what_is_written_after_such_a_commit_is_not_called_lost(tmp_path: Path) -> None:
+    async with cluster_of(2, tmp_path, LateStore()) as cluster:
+        one = cluster.nodes[0]
+        await one.make_file(b"f")
+        session = await one.open(b"f")
+        await session.write(0, b"data" * 2000)
+        assert isinstance(cluster.etcd, LateStore)
+        cluster.etcd.doomed = cluster.leases[one.id]
+        one.leases.etcd_lease = await cluster.etcd.grant(10)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.flush)
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(session.write, 0, bytes(range(256)) * 4 * KIB)
+        await trio.testing.wait_all_tasks_blocked()
+        (directory,) = one.writer.staging_dir.iterdir()
+        assert not read_description(directory).is_lost
+        await session.flush()
+        await session.release()
+        assert await one.read_file(b"f") == bytes(range(256)) * 4 * KIB

@@ -159,8 +159,7 @@ class WriteSession:
                 await self.ensure_lease()
             except StaleHandle:
                 if not self._starts_over or self.copy.is_dirty:
-                    reason = "another node wrote it first"
-                    raise WriteLost(self.inode.ino, reason) from None
+                    raise WriteLost(self.inode.ino, "another node wrote it first") from None
                 await self.start_over_now()
 
     def start_over(self) -> None:
@@ -363,8 +362,7 @@ class WriteSession:
                 log.error("the files of %s stay where they are, or as they are: %s", self, error)
 
     def _raise_failure(self) -> None:
-        if self.failure is not None:
-            lost = self.failure
+        if (lost := self.failure) is not None:
             reason = lost.reason if isinstance(lost, WriteLost) else str(lost)
             raise WriteLost(self.inode.ino, reason) from lost
 
@@ -388,6 +386,8 @@ class WriteSession:
 
     async def _describe_loss(self) -> None:
         async with self._gate.alone():
+            if self.failure is None:
+                return  # the commit that was under way had been accepted before
             try:
                 await self.copy.spill()
                 await trio.to_thread.run_sync(self.copy.describe_on_disk, str(self.failure))
