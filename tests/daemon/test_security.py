@@ -149,3 +149,21 @@ async def test_a_machine_short_of_something_ends_no_node(
             await trio.sleep(10)
             assert ring.listed() == {CLIENT}
             nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expected_logs("cannot be noted")
+async def test_a_removed_node_ends_also_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, virtual_time: trio.testing.MockClock
+) -> None:
+    ring, mirror = key_ring(SERVER, directory=tmp_path), Mirror()
+    mirror.apply(removed(SERVER, 5))
+    tls = Tls(ring, Party(CLUSTER, SERVER))
+
+    def fail(_: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(identities, "mark_removed", fail)
+    with served(tls=tls) as peer:
+        driver = security(peer, tls, mirror, tmp_path, Store())
+        with trio.fail_after(60), pytest.raises(Removed):
+            await driver.run()

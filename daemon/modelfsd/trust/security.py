@@ -113,7 +113,10 @@ class Security:
     async def _follow(self) -> None:
         removed = self._mirror.revoked()
         if self._party.node in removed:
-            identities.mark_removed(self._state_dir)
+            try:
+                identities.mark_removed(self._state_dir)
+            except OSError as error:  # it ends all the same; the replica file says so as well
+                log.warning("that this node was removed cannot be noted: %s", error)
             raise Removed(
                 "this node was removed from the cluster (`modelfs node remove`): move "
                 f"{self._state_dir} away to join as a new node with a token"
