@@ -145,6 +145,39 @@ async def test_a_bad_copy_that_cannot_be_put_aside_ends_nothing_and_is_never_cou
         assert "the bad one on b could not be put aside" in checked.findings[0]["text"]
 
 
+@pytest.mark.expected_logs("fails its checksum")
+async def test_a_node_that_once_did_not_answer_can_still_put_a_bad_copy_aside(
+    tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
+) -> None:
+    async with world(tmp_path) as w:
+        data = rng.randbytes(3 * BLOCK)
+        await make(w.nodes[0], b"f", data, replicas=3)
+        (ref, _), (bad, _) = describe(data[:BLOCK]), describe(data[BLOCK : 2 * BLOCK])
+        node, fetch = w.cluster.ids[1], MemoryPeers.fetch
+        w.cluster.stores[node].damage(bad.id)
+        had_trouble = trio.Event()
+
+        async def trouble(
+            self: MemoryPeers,
+            whose: NodeId,
+            what: ChunkRef,
+            offset: int,
+            size: int,
+            patience: float,
+        ) -> memoryview:
+            if whose == node and what == ref:
+                had_trouble.set()
+                raise PeerRefused(node, "Too many open files")
+            if whose == node and what == bad:
+                await had_trouble.wait()
+            return await fetch(self, whose, what, offset, size, patience)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MemoryPeers, "fetch", trouble)
+            checked = await w.fsck(data=True, repair=True)
+        assert checked.said() == [("/f", "copies", True)]
+
+
 async def test_a_node_that_is_down_leaves_copies_missing_which_others_take(
     tmp_path: Path, rng: Random, virtual_time: trio.testing.MockClock
 ) -> None:

@@ -110,6 +110,7 @@ class CopyCheck:
         self._batch: list[Piece] = []
         self.versions = self.chunks = self.bytes = 0
         self.silent: dict[NodeId, str] = {}  # nodes that did not answer, and why
+        self._stuck: dict[ChunkId, set[NodeId]] = {}  # who could not put a bad copy aside
 
     async def run(self, versions: trio.MemoryReceiveChannel[Version]) -> None:
         """Look at all that come."""
@@ -286,7 +287,7 @@ class CopyCheck:
             for same, node in copies:
                 if await self._is_good(same[0].placed, node):
                     continue
-                stays = {node} & self.silent.keys()
+                stays = {node} & self._stuck.get(same[0].placed.ref.id, set())
                 for piece in same:
                     piece.was_bad, piece.bad_on = True, piece.bad_on | stays
                     piece.holders -= {node}
@@ -310,6 +311,7 @@ class CopyCheck:
                 await chunks.peers.report_damage(node, ref)
             except (PeerUnavailable, PeerRefused) as error:
                 self.silent[node] = str(error.reason)
+                self._stuck.setdefault(ref.id, set()).add(node)
             return False
         except ChunkMissing:
             return True
