@@ -32,7 +32,12 @@ STACKED_MAX = 16  # mounts on one mount point that are cleaned away
 
 _MNT_FORCE, _MNT_DETACH, _UMOUNT_NOFOLLOW = 1, 2, 8  # umount(2)
 _OCTAL = re.compile(r"\\([0-7]{3})")
-_PROBE = "import os, sys\ntry: os.stat(sys.argv[1])\nexcept OSError as error: sys.exit(error.errno)"
+# What stat shows the kernel may know by itself, also of a daemon that is dead; not statvfs.
+_PROBE = """
+import os, sys
+try: os.stat(sys.argv[1]); os.statvfs(sys.argv[1])
+except OSError as error: sys.exit(error.errno)
+"""
 
 
 class MountBusy(UserError):
