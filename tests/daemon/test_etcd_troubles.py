@@ -157,6 +157,8 @@ def test_a_founding_that_died_is_begun_anew(
             await entered.member.stop()
 
     run(main)
+    kept = list(tmp_path.glob("etcd.unfinished-*/member"))
+    assert len(kept) == (where == "after etcd")  # nothing of etcd's is deleted on a guess
 
 
 def test_etcd_of_a_node_that_has_lost_its_name_is_kept(tmp_path: Path) -> None:

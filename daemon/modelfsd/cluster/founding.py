@@ -15,12 +15,9 @@ multicast loses for that long is caught by a second look, when the cluster is th
 from __future__ import annotations
 
 import logging
-import shutil
+import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-
-import trio
 
 from modelfs.errors import UserError
 from modelfs.ids import ClusterId, NodeId
@@ -102,7 +99,10 @@ async def forget_founding(state_dir: Path, identity: Identity, keys: KeyRing) ->
     log.warning("the founding of a cluster was not finished here: it is begun anew")
     process = EtcdProcess(state_dir)
     await process.end_orphan()
-    await trio.to_thread.run_sync(partial(shutil.rmtree, process.data_directory, True))
+    if process.data_directory.exists():
+        aside = process.data_directory.with_name(f"etcd.unfinished-{time.time_ns():x}")
+        process.data_directory.rename(aside)
+        log.info("what etcd had of it is in %s, and may be deleted", aside)
     record.path.unlink()
 
 

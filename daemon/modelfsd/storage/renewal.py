@@ -120,7 +120,8 @@ class Renewal:
             answers = await self._replicator.renew(node, chunks)
         except (PeerUnavailable, PeerRefused, OSError) as error:
             # Its process or its disk may come back within the grace; the commit asks again.
-            self._silent.add(node)
+            if isinstance(error, PeerUnavailable):
+                self._silent.add(node)
             self._quiet.info(node, "%s renews nothing: %s", self._chunks.name_of(node), error)
             return []
         self.renewed += sum(answers)

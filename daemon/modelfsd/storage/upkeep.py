@@ -45,7 +45,7 @@ from modelfsd.writing.working_copy import WorkingCopy
 
 log = logging.getLogger(__name__)
 
-SWEEPS_A_GRACE = 4
+SWEEPS_A_GRACE = 6  # one may fail, and no wait begins anew (see `sweeping`)
 SWEEP_SECONDS_MAX = 900.0
 HEAL_SECONDS = 300.0  # between rounds while nothing happens
 HEAL_SHARE = 10  # ... but a round takes no more than this part of the time

@@ -201,6 +201,9 @@ def _install(partial: Path, dest: Path) -> None:
     directory = os.open(dest.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(directory)  # the lost copy may be removed now
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # not to be had there
+            raise
     finally:
         os.close(directory)
 
