@@ -35,6 +35,7 @@ CHILD_SECONDS = 60.0  # a guard against hangs, not a measure of speed
 CONDITION_SECONDS = 60.0
 POLL_SECONDS = 0.05
 MIB = 1 << 20
+REALTIME_COARSE = 5  # CLOCK_REALTIME_COARSE, by which the kernel stamps files
 BIG_BYTES = 48 * MIB
 
 Dirs = tuple[Path, Path, Path]
@@ -114,6 +115,19 @@ def in_child(
 ) -> ChildResult:
     """Run Python in a child and wait for it. `print(json.dumps(x))` gives its value."""
     return finish_child(start_child(source, uid, **arguments), seconds)
+
+
+def times(path: Path) -> tuple[int, int]:
+    """(mtime, ctime) in nanoseconds, of the link itself."""
+    status = path.lstat()
+    return status.st_mtime_ns, status.st_ctime_ns
+
+
+def pass_a_tick(path: Path) -> None:
+    """Wait until the kernel's coarse clock, and the daemon's, are past all times of a path."""
+    latest = max(times(path))
+    while time.clock_gettime_ns(REALTIME_COARSE) <= latest:
+        os.sched_yield()
 
 
 def assert_same(path: Path, wanted: Path) -> None:

@@ -13,19 +13,26 @@ import socket
 import stat
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from modelfsd.lab.cluster import Lab
-from tests.mount.mount_parts import MIB, Dirs, forget_pages, in_child, refused, wait_until
+from tests.mount.mount_parts import (
+    MIB,
+    Dirs,
+    forget_pages,
+    in_child,
+    pass_a_tick,
+    refused,
+    times,
+    wait_until,
+)
 
 pytestmark = pytest.mark.fuse
 
 NOBODY = 65534
-REALTIME_COARSE = 5  # CLOCK_REALTIME_COARSE, by which the kernel stamps files
 KINDS = ("file", "directory", "fifo", "block", "character", "socket", "symlink")
 RDEV = os.makedev(4000, 70_000)
 
@@ -54,19 +61,6 @@ def make(kind: str, path: Path) -> None:
                 bound.bind(os.fspath(path))
         case _:
             path.symlink_to("target")
-
-
-def times(path: Path) -> tuple[int, int]:
-    """(mtime, ctime) in nanoseconds, of the link itself."""
-    status = path.lstat()
-    return status.st_mtime_ns, status.st_ctime_ns
-
-
-def pass_a_tick(path: Path) -> None:
-    """Wait until the kernel's coarse clock, and the daemon's, are past all times of a path."""
-    latest = max(times(path))
-    while time.clock_gettime_ns(REALTIME_COARSE) <= latest:
-        os.sched_yield()
 
 
 def moves(what: Path, *also: Path, by: Callable[[], object], mtime: bool, ctime: bool) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from modelfs.limits import KIB, XATTRS_BYTES_MAX
 from modelfsd.lab.cluster import Lab
-from tests.mount.mount_parts import Dirs, ask, in_child, refused, requests, run
+from tests.mount.mount_parts import Dirs, ask, in_child, pass_a_tick, refused, requests, run
 
 NOBODY = 65534
 
@@ -85,6 +85,7 @@ def test_they_move_ctime_alone_and_outlive_changes_of_the_file(pair: tuple[Path,
     path = one / "file"
     path.write_bytes(b"first")
     before = path.stat()
+    pass_a_tick(path)
     os.setxattr(path, "user.a", b"1")
     after = path.stat()
     assert after.st_ctime_ns > before.st_ctime_ns
