@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
-from itertools import count
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 
 from modelfs.errors import MetadataUnavailable, MetadataUncertain, OutOfSpace
-from modelfs.ids import NodeId, Revision
+from modelfs.ids import Revision
 from modelfs.ports import Compare, Delete, Put, Target, Txn
 from modelfs.testing.contract_metadata import collect, put
 from modelfsd.etcd import channel as etcd_channel
@@ -24,33 +23,9 @@ from modelfsd.etcd.http2 import Status
 from modelfsd.etcd.member import EtcdMember
 from modelfsd.etcd.store import EtcdStore
 from modelfsd.lab import processes as lab_processes
-from tests.loopback import new_address
-from tests.pki_parts import etcd_tls
+from tests.daemon.etcd_parts import cluster
 
 HANG_SECONDS = 120  # a guard only
-_numbers = count(1)
-
-
-@asynccontextmanager
-async def cluster(root: Path, size: int) -> AsyncIterator[tuple[list[EtcdMember], EtcdStore]]:
-    """So many voters, and a store that knows them all. Whatever happens, none stays."""
-    members = []
-    for _ in range(size):
-        number = next(_numbers)
-        name = NodeId(f"{number:016x}")
-        address = new_address()
-        tls = etcd_tls(root / name, name, address)
-        members.append(EtcdMember(root / name, name, address, 12379, 12380, tls))
-    try:
-        await members[0].found()
-        async with EtcdStore([members[0].client_endpoint], credentials=tls.credentials()) as store:
-            for member in members[1:]:
-                await member.join(store)
-            store.set_endpoints([member.client_endpoint for member in members])
-            yield members, store
-    finally:
-        for member in members:
-            await member.stop()
 
 
 async def fill(store: EtcdStore) -> None:
