@@ -40,7 +40,7 @@ from modelfsd.commands.status import Status
 from modelfsd.config import Config
 from modelfsd.kernel.access_times import AccessTimes
 from modelfsd.kernel.cache_drop import CacheDrop
-from modelfsd.kernel.files import Files, settle
+from modelfsd.kernel.files import Files
 from modelfsd.kernel.kernel_cache import KernelCache
 from modelfsd.kernel.kernel_inodes import KernelInodes
 from modelfsd.kernel.mount import FuseMount
@@ -321,7 +321,7 @@ class Node:
                 nursery.start_soon(self._announce_ready, ready)
                 await self._mount.serve()
                 log.info("unmounted")
-                await settle(self._files, self._writer)
+                await self._files.settle()
                 nursery.cancel_scope.cancel()
         finally:
             self._mount.close()

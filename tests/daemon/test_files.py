@@ -10,8 +10,10 @@ import pytest
 import trio
 import trio.testing
 
+from modelfs import changes
 from modelfs.attributes import AttributeChange
-from modelfs.errors import MetadataUnavailable, StaleHandle, WriteLost, WriterElsewhere
+from modelfs.errors import MetadataUnavailable, NoSuchEntry, StaleHandle, WriteLost, WriterElsewhere
+from modelfs.ids import ROOT_INODE, KernelId
 from modelfsd.kernel.files import Files
 from modelfsd.kernel.kernel_inodes import KernelInode
 from modelfsd.kernel.pusher import Pusher
@@ -148,3 +150,50 @@ async def test_a_create_waits_for_no_other_open_that_waits_for_a_lease(
                 await files.create(root, b"f", mode, os.O_WRONLY, second, no_groups)
             assert trio.current_time() == begun
         await other.release()
+
+
+async def test_a_create_of_a_name_that_comes_and_goes_is_sent_to_look_again_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel would tell the application ESTALE the second time."""
+    async with cluster_of(1, tmp_path) as cluster:
+        (one,) = cluster.nodes
+        await one.make_file(b"f")
+        files, root, mode = files_of(one), one.inodes[1], stat.S_IFREG | 0o644
+        with pytest.raises(StaleHandle):
+            await files.create(root, b"f", mode, os.O_WRONLY, CALLER, no_groups)
+        files.note_lookup(CALLER, (root.id, b"f"), None)
+        lookup, gone = Tree.lookup, [True, True]
+
+        async def comes_and_goes(self: Tree, directory: KernelInode, name: bytes) -> KernelInode:
+            if gone:
+                gone.pop()
+                raise NoSuchEntry(name)
+            return await lookup(self, directory, name)
+
+        monkeypatch.setattr(Tree, "lookup", comes_and_goes)
+        number, _ = await files.create(root, b"f", mode, os.O_WRONLY, CALLER, no_groups)
+        assert not gone
+        await files.release(number)
+
+
+async def test_a_truncation_by_a_name_that_went_elsewhere_is_sent_to_look_again(
+    tmp_path: Path,
+) -> None:
+    """mv latest old; mv new latest: a truncate(2) of `latest` must not cut `old`."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"latest")
+        await one.write_file(b"latest", b"data")
+        files, inode = files_of(one), await one.look_up(b"latest")
+        source, target = (ROOT_INODE, b"latest"), (ROOT_INODE, b"old")
+        await two.feed.fresh()
+        await two.namespace.change(lambda m: changes.rename(m, source, target, False, 2))
+        await one.feed.fresh()
+        one.notifier.acknowledge_all()  # but the call may have come that way before
+        with pytest.raises(StaleHandle):
+            await files.truncate(inode, 0, None, None, CALLER)
+        assert await two.read_file(b"old") == b"data"
+        files.note_lookup(CALLER, (KernelId(1), b"old"), inode)  # it was old that was meant
+        await files.truncate(inode, 0, None, None, CALLER)
+        assert await two.read_file(b"old") == b""

@@ -136,6 +136,11 @@ async def test_a_renamed_ancestor_makes_an_open_look_again_until_the_kernel_know
         one.notifier.acknowledge_all()
         assert not one.cache.must_look_again(current)
         assert not one.cache.guard.is_raised()
+        # One that truncates may have waited in the kernel for others of its kind.
+        assert one.cache.must_look_again(current, truncates=True)
+        assert not one.cache.must_look_again(beside, truncates=True)
+        monkeypatch.setattr(notifier, "TRUNCATING_GRACE_SECONDS", 0.0)
+        assert not one.cache.must_look_again(current, truncates=True)
 
 
 async def test_the_writer_keeps_its_inode_through_its_own_commits(tmp_path: Path) -> None:
@@ -239,10 +244,10 @@ async def test_below_an_older_directory_each_directory_has_a_kernel_inode_of_its
 def test_the_guard_remembers_nothing_for_longer_than_it_guards(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(notifier, "GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(notifier, "TRUNCATING_GRACE_SECONDS", 0.0)
     guard = notifier.NameGuard()
     for ino in range(2, 1002):
         name = (ROOT_INODE, b"%d" % ino)
         guard.raise_for(InodeNumber(ino), name)
         guard.lower_for(InodeNumber(ino), name)  # and nobody here ever opens a file
-    assert len(guard._until) <= 1
+    assert len(guard._since) <= 1

@@ -11,13 +11,15 @@ from modelfs.ids import InodeNumber, KernelId
 from modelfs.inode import Inode
 from modelfsd.kernel import sent_back
 from modelfsd.kernel.kernel_inodes import KernelInode
-from modelfsd.kernel.sent_back import SentBack
+from modelfsd.kernel.sent_back import Entry, SentBack
 from modelfsd.kernel.tree import Caller
 
 CALLER, OTHER = Caller(0, 0, 7), Caller(0, 0, 8)
 NAME, ANOTHER = (KernelId(1), b"name"), (KernelId(1), b"another")
 RECORD = Inode(mode=0o100644, uid=0, gid=0, atime_ns=1, mtime_ns=1, ctime_ns=1, inline=b"")
 DIRECTORY, FILE = (KernelInode(KernelId(n), InodeNumber(n), RECORD) for n in (5, 6))
+
+Look = tuple[Entry, KernelInode | None]
 
 
 def sent() -> SentBack:
@@ -66,6 +68,35 @@ async def test_a_name_that_was_missing_may_be_there_when_an_open_looks_it_up_onc
     calls.note_lookup(CALLER, NAME, None)
     calls.note_lookup(CALLER, NAME, FILE)
     assert not calls.is_back_in_vain(CALLER)
+
+
+async def test_a_directory_that_went_and_came_while_it_was_looked_up_is_on_the_way() -> None:
+    """The kernel looks a name up again that it had cached and finds gone: so may a later call."""
+    below = DIRECTORY.id, b"name"
+    calls = sent()
+    calls.note_lookup(CALLER, NAME, None)
+    for entry, inode in ((NAME, DIRECTORY), (below, FILE)):
+        assert not calls.note_lookup(CALLER, entry, inode), "the kernel must not remember it"
+    assert calls.is_back(CALLER, FILE)
+    calls = sent()
+    looks: tuple[Look, ...] = ((NAME, None), (NAME, DIRECTORY), (below, None))
+    for entry, found in (*looks, (below, None)):
+        calls.note_lookup(CALLER, entry, found)
+    assert not calls.note_lookup(CALLER, below, FILE)
+    assert calls.is_back(CALLER, FILE)
+    calls = sent()
+    for entry, found in looks:
+        calls.note_lookup(CALLER, entry, found)
+    assert calls.is_back_in_vain(CALLER)
+
+
+async def test_a_call_does_not_look_up_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sent_back, "LOOKUPS_MAX", 3)
+    calls = sent()
+    calls.note_lookup(CALLER, NAME, None)
+    answers = [calls.note_lookup(CALLER, NAME, FILE) for _ in range(4)]
+    assert answers == [False, False, False, True]
+    assert not calls.is_back(CALLER, FILE)
 
 
 async def test_a_call_without_a_name_is_back_without_a_lookup() -> None:

@@ -94,8 +94,7 @@ class Files:
         self._readahead = Readahead(contents, pusher)
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
-        self._sent_opens, self._sent_links = SentBack(), SentBack()
-        self._sent_truncates = SentBack()
+        self._sent_opens, self._sent_links, self._sent_truncates = (SentBack() for _ in range(3))
         self.uses = FileUses()
 
     def __len__(self) -> int:
@@ -107,14 +106,18 @@ class Files:
         """Open a file; returns the number of its handle. Raises `StaleHandle` to look again."""
         # Asked first: an election, which `fresh` waits for, outlasts the memory of who was sent.
         has_looked_again = self._sent_opens.is_back(caller, inode)
-        must_look_again = self._cache.must_look_again(inode)
-        await self._namespace.fresh()
-        must_look_again = must_look_again or self._cache.must_look_again(inode)
+        must_look_again = await self._must_look_again(inode, bool(flags & os.O_TRUNC))
         if not _is_for_writing(flags):
             if must_look_again and not has_looked_again:
                 self._sent_opens.send(caller, inode)
             return self._new_handle(inode, None)
         return await self._open_for_writing(inode, flags, caller, must_look_again, has_looked_again)
+
+    async def _must_look_again(self, inode: KernelInode, truncates: bool) -> bool:
+        """Whether the way to this inode may be out of date, as of now."""
+        must_look_again = self._cache.must_look_again(inode, truncates)
+        await self._namespace.fresh()
+        return must_look_again or self._cache.must_look_again(inode, truncates)
 
     async def _open_for_writing(
         self,
@@ -215,16 +218,17 @@ class Files:
     ) -> tuple[int, KernelInode]:
         """Create and open in one step. Raises `EntryExists` for O_EXCL.
 
-        If the name was made meanwhile, the kernel is sent back, to look and to open. If it has been
-        sent back already, what is there is opened.
+        If the name was made meanwhile, the kernel is sent back once; then what is there is opened.
         """
+        has_looked_again = False
         for _ in range(CREATES_MAX):
             try:
                 return await self._create_new(parent, name, mode, flags, caller)
             except EntryExists:
                 if flags & os.O_EXCL:
                     raise
-                if not self._sent_opens.is_back_in_vain(caller):
+                has_looked_again |= self._sent_opens.is_back_in_vain(caller)
+                if not has_looked_again:
                     self._sent_opens.send(caller)
             with suppress(NoSuchEntry):  # gone again
                 return await self._open_existing(parent, name, flags, caller, groups_of)
@@ -335,7 +339,8 @@ class Files:
             await self._set_size(session, size, mtime_ns, caller)
             return
         has_looked_again = self._sent_truncates.is_back(caller, inode)
-        await self._namespace.fresh()
+        if await self._must_look_again(inode, truncates=True) and not has_looked_again:
+            self._sent_truncates.send(caller, inode)
         session = self._writer.session_of(inode)
         try:
             await self._pusher.drain(inode)
@@ -381,19 +386,14 @@ class Files:
         await self._tree.set_attributes(inode, change)
         self._cache.changed_through(inode)
 
-    async def close_all(self) -> None:
-        """The mount is gone: commit what is left, and let go of every lease."""
-        for number in list(self._handles):
-            try:
-                await self.release(number)
-            except (ModelfsError, OSError) as error:
-                log.error("at unmount: %s", error)
-
-
-async def settle(files: Files, writer: Writer) -> None:
-    """After the last request: commit what is left, in bounded time."""
-    with trio.move_on_after(STOP_SECONDS) as scope:
-        await files.close_all()
-        await writer.flush_all()
-    if scope.cancelled_caught:
-        await writer.give_up(STOP_SECONDS)
+    async def settle(self) -> None:
+        """The mount is gone: commit what is left and let go of every lease, in bounded time."""
+        with trio.move_on_after(STOP_SECONDS) as scope:
+            for number in list(self._handles):
+                try:
+                    await self.release(number)
+                except (ModelfsError, OSError) as error:
+                    log.error("at unmount: %s", error)
+            await self._writer.flush_all()
+        if scope.cancelled_caught:
+            await self._writer.give_up(STOP_SECONDS)

@@ -177,11 +177,14 @@ class KernelCache:
                 directory.id, name, lambda: self.guard.lower_for(old, (parent, name))
             )
 
-    def must_look_again(self, inode: KernelInode) -> bool:
-        """Whether an OPEN may have come here along a name that means something else by now."""
+    def must_look_again(self, inode: KernelInode, truncates: bool = False) -> bool:
+        """Whether an OPEN may have come here along a name that means something else by now.
+
+        `truncates`: it has O_TRUNC, or is a truncate(2), and waited for others of its kind.
+        """
         if not inode.is_current:
             return True
-        if not self.guard.is_raised():
+        if not self.guard.is_raised(truncates):
             return False
         seen: set[InodeNumber] = set()
         above = [inode.ino]
@@ -189,7 +192,7 @@ class KernelCache:
             ino = above.pop()
             if ino in seen or ino == ROOT_INODE:
                 continue
-            if self.guard.covers(ino):
+            if self.guard.covers(ino, truncates):
                 return True
             seen.add(ino)
             above.extend(parent for parent, _ in self._mirror.names.get(ino, ()))

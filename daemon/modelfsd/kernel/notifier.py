@@ -29,8 +29,11 @@ from modelfsd.stages import timed
 log = logging.getLogger(__name__)
 
 THREADS = 4
-# An OPEN that walked the old name may wait this long in the kernel's queue before we see it.
+# A request that walked the old name may wait this long in the kernel's queue before we see it.
 GRACE_SECONDS = 2.0
+# So may one that truncates, which first waits for the lock of the file: others who do the same hold
+# it while they wait for the lease, each as long as `lock_wait`.
+TRUNCATING_GRACE_SECONDS = 120.0
 
 # ENOENT: the kernel did not know the name. ENOSYS: libfuse has not heard of the kernel yet, which
 # knows nothing then. ENOTCONN, ENODEV: it is unmounting.
@@ -142,8 +145,8 @@ class NameGuard:
     def __init__(self) -> None:
         self._waiting: dict[InodeNumber, int] = {}  # invalidations not acknowledged yet
         self._names: Counter[Name] = Counter()  # the same, by name
-        # Acknowledged, but within the grace: until when, the first to end first.
-        self._until: OrderedDict[InodeNumber, float] = OrderedDict()
+        # Acknowledged, but within the longer grace: since when, the oldest first.
+        self._since: OrderedDict[InodeNumber, float] = OrderedDict()
         self._lock = threading.Lock()
 
     def raise_for(self, ino: InodeNumber, name: Name) -> None:
@@ -159,8 +162,8 @@ class NameGuard:
             if not self._waiting[ino]:
                 del self._waiting[ino]
             self._end_graces()
-            self._until[ino] = time.monotonic() + GRACE_SECONDS
-            self._until.move_to_end(ino)
+            self._since[ino] = time.monotonic()
+            self._since.move_to_end(ino)
             self._names[name] -= 1
             if not self._names[name]:
                 del self._names[name]
@@ -169,20 +172,25 @@ class NameGuard:
         """Whether the kernel has not been made to forget this name yet."""
         return name in self._names
 
-    def is_raised(self) -> bool:
+    def is_raised(self, truncates: bool = False) -> bool:
         """Whether any inode is guarded: usually not, and then no open needs a closer look."""
-        if not self._waiting and not self._until:
+        if not self._waiting and not self._since:
             return False
         with self._lock:
             self._end_graces()
-            return bool(self._waiting or self._until)
+            newest = next(reversed(self._since), None)
+            return bool(self._waiting) or self._is_within(newest, truncates)
 
     def _end_graces(self) -> None:
         """Forget those whose grace is over. With the lock held; also where nobody opens files."""
-        now = time.monotonic()
-        while self._until and next(iter(self._until.values())) <= now:
-            self._until.popitem(last=False)
+        while self._since and not self._is_within(next(iter(self._since)), True):
+            self._since.popitem(last=False)
 
-    def covers(self, ino: InodeNumber) -> bool:
-        """Whether an OPEN of this inode must look its name up again."""
-        return ino in self._waiting or self._until.get(ino, 0.0) > time.monotonic()
+    def _is_within(self, ino: InodeNumber | None, truncates: bool) -> bool:
+        grace = TRUNCATING_GRACE_SECONDS if truncates else GRACE_SECONDS
+        since = None if ino is None else self._since.get(ino)
+        return since is not None and time.monotonic() - since < grace
+
+    def covers(self, ino: InodeNumber, truncates: bool = False) -> bool:
+        """Whether an OPEN of this inode must look its name up again; `truncates`: with O_TRUNC."""
+        return ino in self._waiting or self._is_within(ino, truncates)

@@ -17,8 +17,10 @@ from modelfs.ids import KernelId
 from modelfsd.kernel.kernel_inodes import KernelInode
 from modelfsd.kernel.tree import Caller
 
-# The kernel comes back at once, but may wait for locks of directories in which others change names.
-SENT_BACK_SECONDS = 2.0  # to the next lookup, or from the last one to the call itself
+# To the next lookup, or from the last one to the call itself. The kernel comes back at once, but
+# waits for locks: of a directory in which others change names, and of a file that others open with
+# O_TRUNC, each of whom may wait for the lease as long as `lock_wait`.
+SENT_BACK_SECONDS = 600.0
 LOOKUPS_MAX = 4096  # of one call: a path has fewer names
 SENT_BACK_MAX = 4096  # callers that were told to look again and have not come back yet
 
@@ -32,8 +34,8 @@ class _Look:
     until: float  # trio's clock: when it is taken not to come back
     sent_from: KernelId | None
     shown: list[KernelId] = field(default_factory=list)
-    missed: Entry | None = None  # a name that was not there
-    found: KernelId | None = None  # what it was when it was looked up once more
+    missed: Entry | None = None  # the last name, if it was not there
+    is_doubtful: bool = False  # a name was missed, and there when it was looked up once more
 
 
 class SentBack:
@@ -42,8 +44,10 @@ class SentBack:
     A call may end without coming back (ENOENT, EACCES, a signal), and what a later call of the
     same thread looks up must not pass for its look. So only what is surely retried may be sent
     back through here, and a lookup in vain ends the look; but for one of the same name that comes
-    next, since an open with O_CREAT looks a missing name up twice. If it is there by then the
-    kernel must not remember it: an open by a later call then begins with a lookup of its own.
+    next, since the kernel looks a name up twice that has gone since it was cached, and one that an
+    open with O_CREAT finds missing. If it is there by then, that and all that follows may be of a
+    later call, which began with a lookup: the kernel must not remember any of it, so that an open
+    by a still later call begins with lookups of its own.
     """
 
     def __init__(self) -> None:
@@ -63,18 +67,17 @@ class SentBack:
         now = trio.current_time()
         if look is None or now > look.until:
             return True
-        if look.missed is not None:
-            if entry != look.missed:
-                del self._looks[caller.pid]  # another call
-                return True
-            look.found = inode.id if inode else None
-            return False
-        look.until = now + SENT_BACK_SECONDS
+        if look.missed not in (None, entry) or len(look.shown) == LOOKUPS_MAX:
+            del self._looks[caller.pid]  # another call
+            return True
         if inode is None:
             look.missed = entry
-        elif len(look.shown) < LOOKUPS_MAX:
+        else:
+            look.is_doubtful |= look.missed is not None
+            look.missed = None
             look.shown.append(inode.id)
-        return True
+        look.until = now + SENT_BACK_SECONDS
+        return not look.is_doubtful
 
     def _end(self, caller: Caller) -> _Look | None:
         look = self._looks.pop(caller.pid, None)
@@ -86,10 +89,8 @@ class SentBack:
         Or came back without a lookup, as through /proc/self/fd, where there is no name.
         """
         look = self._end(caller)
-        if look is None:
+        if look is None or look.missed is not None:
             return False
-        if look.missed is not None:
-            return look.found == inode.id
         return (look.shown[-1] if look.shown else look.sent_from) == inode.id
 
     def is_back_on_the_way(self, caller: Caller, inode: KernelInode) -> bool:
@@ -100,4 +101,4 @@ class SentBack:
     def is_back_in_vain(self, caller: Caller) -> bool:
         """Whether this call may have been sent back, and found nothing then. Tells once."""
         look = self._end(caller)
-        return look is not None and look.missed is not None and look.found is None
+        return look is not None and look.missed is not None
