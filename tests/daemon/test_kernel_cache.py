@@ -13,6 +13,7 @@ from modelfs import changes
 from modelfs.attributes import AttributeChange
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
+from modelfs.mirror import Name
 from modelfsd.kernel import notifier
 from modelfsd.kernel.kernel_inodes import ROOT_KERNEL_ID
 from tests.daemon.node_parts import Node, cluster_of
@@ -218,6 +219,45 @@ async def test_a_rename_of_a_name_that_changed_meanwhile_is_looked_up_again(tmp_
         await one.namespace.change(lambda m: changes.rename(m, target, source, False, 2))
         one.cache.renamed(target, source, child.ino)
         assert not one.notifier.names
+
+
+async def test_a_directory_that_the_kernel_alone_moved_or_removed_is_another_inode_for_it(
+    tmp_path: Path,
+) -> None:
+    """Linux looks a directory up at one place only, and never again what it removed."""
+
+    async def renamed(node: Node, old: Name, new: Name) -> None:
+        await node.namespace.change(lambda m: changes.rename(m, old, new, False, 2))
+        await one.feed.fresh()
+
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        into = await make_directory(two, ROOT_INODE, b"into")
+        names = [(ROOT_INODE, name) for name in (b"a", b"b", b"free", b"free too")]
+        made = [await make_directory(two, *name) for name in names[:2]]
+        await one.feed.fresh()
+        one.inodes.show(into, one.namespace.require(into)).lookups += 1
+        for ends in ("moved", "removed", "replaced"):
+            a, b = known = [one.inodes.show(ino, one.namespace.require(ino)) for ino in made]
+            a.lookups, b.lookups = 1, 1
+            await renamed(two, names[0], names[2])
+            await renamed(two, names[1], names[0])  # one's kernel still takes `a` for the first
+            one.notifier.attributes.clear()
+            if ends == "moved":
+                await renamed(one, names[0], (into, b"x"))
+                await renamed(two, (into, b"x"), names[1])
+            elif ends == "removed":
+                await one.namespace.change(lambda m: changes.remove(m, *names[0], True, 2))
+                made[1] = await make_directory(two, *names[1])
+            else:
+                other = await make_directory(two, *names[3])
+                await renamed(one, names[3], names[0])
+                await renamed(two, names[0], names[1])
+                made[1] = other
+            assert not a.is_current and not b.is_current, ends
+            assert {inode.id for inode in known} <= set(one.notifier.attributes)
+            await renamed(two, names[2], names[0])
+            one.notifier.acknowledge_all()
 
 
 async def test_below_an_older_directory_each_directory_has_a_kernel_inode_of_its_own(

@@ -46,6 +46,8 @@ class KernelCache:
         has_older = self.inodes.has_older(change.parent)
         if change.new is not None and is_own and has_older:
             self._retire_directories(change.new)  # who knows in which of them it has been put
+        if is_own:
+            self._undeceive(change)
         # A new name needs nothing: the kernel never caches that a name is missing.
         if change.old is None:
             return
@@ -54,6 +56,23 @@ class KernelCache:
             self._forget_name(change.parent, change.name, change.old)
         if not is_own and self._mirror.parent_of(change.old) != change.parent:
             self._retire_directories(change.old)
+
+    def _undeceive(self, change: NameChanged) -> None:
+        """This node's kernel changed a name, and it may have taken it for something else.
+
+        It held the directory all along, so it has not acted on a change of that name by another
+        node meanwhile: it moved another inode than the cluster did, or took a link from another.
+        A directory that was moved in the kernel alone could not be looked up where it is, and one
+        that was removed there alone stays dead.
+        """
+        believed = self.guard.believed((change.parent, change.name))
+        if not believed:
+            return
+        believed.update(ino for ino in (change.old, change.new) if ino is not None)
+        for ino in believed:
+            self._retire_directories(ino)
+            for inode in self.inodes.all_of(ino):
+                self._notifier.forget_attributes(inode.id)
 
     def _retire_directories(self, top: InodeNumber) -> None:
         """A directory was moved to another parent: new kernel inodes for it and those below it.
@@ -73,12 +92,8 @@ class KernelCache:
             waiting.extend((child.ino, inode) for child in children if stat.S_ISDIR(child.kind))
 
     def renamed(self, source: Name, target: Name, moved: InodeNumber) -> None:
-        """This node's kernel renamed what it believed `source` to be.
-
-        It held the directory all along, so it has not acted on a change of that name by another
-        node meanwhile: then it moved another inode to `target` than the cluster did.
-        """
-        if self.guard.is_waiting(source):
+        """This node's kernel renamed what it took `source` for: see `_undeceive`."""
+        if self.guard.believed(source):
             self._forget_name(*target, moved)
 
     def unsure(self, believed: Mapping[Name, InodeNumber], touched: Iterable[InodeNumber]) -> None:

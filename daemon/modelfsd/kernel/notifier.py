@@ -16,7 +16,7 @@ import errno
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
 
@@ -144,7 +144,7 @@ class NameGuard:
 
     def __init__(self) -> None:
         self._waiting: dict[InodeNumber, int] = {}  # invalidations not acknowledged yet
-        self._names: Counter[Name] = Counter()  # the same, by name
+        self._names: dict[Name, list[InodeNumber]] = {}  # the same, by name
         # Acknowledged, but within the longer grace: since when, the oldest first.
         self._since: OrderedDict[InodeNumber, float] = OrderedDict()
         self._lock = threading.Lock()
@@ -153,7 +153,7 @@ class NameGuard:
         """A name of this inode changed elsewhere; guard it until `lower_for`, once for each."""
         with self._lock:
             self._waiting[ino] = self._waiting.get(ino, 0) + 1
-            self._names[name] += 1
+            self._names.setdefault(name, []).append(ino)
 
     def lower_for(self, ino: InodeNumber, name: Name) -> None:
         """The kernel has forgotten the name: guard only against what is already on its way."""
@@ -164,13 +164,14 @@ class NameGuard:
             self._end_graces()
             self._since[ino] = time.monotonic()
             self._since.move_to_end(ino)
-            self._names[name] -= 1
+            self._names[name].remove(ino)
             if not self._names[name]:
                 del self._names[name]
 
-    def is_waiting(self, name: Name) -> bool:
-        """Whether the kernel has not been made to forget this name yet."""
-        return name in self._names
+    def believed(self, name: Name) -> set[InodeNumber]:
+        """What the kernel may take this name for, if it has not been made to forget it yet."""
+        with self._lock:
+            return set(self._names.get(name, ()))
 
     def is_raised(self, truncates: bool = False) -> bool:
         """Whether any inode is guarded: usually not, and then no open needs a closer look."""
