@@ -91,7 +91,7 @@ def test_what_was_rewritten_replaced_and_deleted_is_listed_and_comes_back(
     numbers = [number for number, _, _ in found]
     assert numbers == sorted(set(numbers))
     assert versions(lab, path)["current"] is None
-    assert not there.exists()
+    wait_until(lambda: not there.exists(), "the removal to be seen")
     last = numbers[-1]
     for version, number in enumerate(numbers, 1):
         new = restore(lab, path, number, node=2)
