@@ -361,12 +361,13 @@ class Node:
 
     async def _unmount_for_signal(self) -> None:
         try:
-            await self._mount.unmount()
-        except MountBusy:
-            log.warning("the mount is in use: taking it away from its users")
-            await self._mount.write_back(self._writer.open_paths())
-            await self._mount.detach()
-        except UserError as error:
+            try:
+                await self._mount.unmount()
+            except MountBusy:
+                log.warning("the mount is in use: taking it away from its users")
+                await self._mount.write_back(self._writer.open_paths())
+                await self._mount.detach()
+        except (UserError, OSError) as error:  # the node goes on: what it holds must not be lost
             log.error("%s", error)
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -124,7 +125,8 @@ class FuseMount:
         connection = FUSECTL / mount.device.split(":")[1]
         if not connection.exists() and os.geteuid() == 0:
             command = ["mount", "-t", "fusectl", "none", str(FUSECTL)]
-            subprocess.run(command, check=False, capture_output=True, timeout=10)
+            with suppress(OSError, subprocess.TimeoutExpired):  # then the settings are not found
+                subprocess.run(command, check=False, capture_output=True, timeout=10)
         settings = {
             Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb"): READ_AHEAD_KIB,
             connection / "max_background": BACKGROUND_REQUESTS_MAX,
