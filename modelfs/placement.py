@@ -41,7 +41,7 @@ from modelfs.limits import RECORD_BYTES_MAX
 FORMAT = 1
 MEMBERS_MAX = 1024  # a map is one etcd record, and every node watches every other
 WEIGHT_MAX = 1e9  # an EiB in GiB
-EPOCH_MAX = 1 << 53
+EPOCH_MAX = (1 << 32) - 1  # what an entry of a manifest has room for
 
 assert MEMBERS_MAX * (2 * LABEL_BYTES_MAX + 32) < RECORD_BYTES_MAX
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
@@ -13,8 +13,10 @@ from modelfs import manifest as manifests
 from modelfs.chunk import ChunkRef, describe
 from modelfs.errors import ProtocolError
 from modelfs.ids import ChunkId, Epoch
+from modelfs.inode import ManifestRef
 from modelfs.limits import CHUNK_BYTES_MIN, FILE_BYTES_MAX, MIB
 from modelfs.manifest import PAGE_ENTRIES, Manifest, PlacedChunk
+from modelfs.placement import EPOCH_MAX
 from modelfs.stripe import chunk_count, span
 
 CHUNK = CHUNK_BYTES_MIN  # the smallest, so that files of several pages are only gigabytes
@@ -155,6 +157,13 @@ def test_a_page_of_the_wrong_size_is_refused() -> None:
     for bad in (b"", good[:-1], good + bytes(48)):
         with pytest.raises(ProtocolError):
             stored.manifest.add_page(page, bad)
+
+
+def test_every_epoch_that_a_map_may_have_fits_an_entry() -> None:
+    chunk = replace(a_chunk(1), epoch=Epoch(EPOCH_MAX))
+    changed, _ = Manifest.empty(CHUNK).changed(size_of(1, 0), {0: chunk})
+    assert manifests.decode(changed.encode()).entry(0) == chunk
+    assert ManifestRef.of(chunk).placed == chunk
 
 
 def test_an_empty_manifest_has_a_root() -> None:
