@@ -25,7 +25,6 @@ A map is stored as msgpack: [FORMAT, epoch, [[id, name, weight, zone], ...]], me
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -40,7 +39,7 @@ from modelfs.limits import RECORD_BYTES_MAX
 
 FORMAT = 1
 MEMBERS_MAX = 1024  # a map is one etcd record, and every node watches every other
-WEIGHT_MAX = 1e9  # an EiB in GiB
+WEIGHT_MIN, WEIGHT_MAX = 1e-9, 1e9  # a byte and an EiB, in GiB: every time is a finite number
 EPOCH_MAX = (1 << 32) - 1  # what an entry of a manifest has room for
 
 assert MEMBERS_MAX * (2 * LABEL_BYTES_MAX + 32) < RECORD_BYTES_MAX
@@ -60,14 +59,16 @@ class Member:
 
     id: NodeId
     name: str  # for people; may repeat
-    weight: float  # > 0; a node's share of the chunks is in proportion to it. By custom GiB
+    weight: float  # a node's share of the chunks is in proportion to it. By custom GiB
     zone: str  # what may fail together, such as a rack
 
     def __post_init__(self) -> None:
         if not is_node_id(self.id):
             raise ValueError(f"not a node id: {self.id!r}")
-        if not (math.isfinite(self.weight) and 0 < self.weight <= WEIGHT_MAX):
-            raise ValueError(f"node {self.id}: weight {self.weight!r} is not in (0, {WEIGHT_MAX}]")
+        if not WEIGHT_MIN <= self.weight <= WEIGHT_MAX:  # nor is NaN
+            raise ValueError(
+                f"node {self.id}: weight {self.weight!r} is not in [{WEIGHT_MIN}, {WEIGHT_MAX}]"
+            )
         for label in (self.name, self.zone):
             if not is_label(label):
                 raise ValueError(f"node {self.id}: {label!r} is not a name or zone")

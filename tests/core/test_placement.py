@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from modelfs.errors import ProtocolError
 from modelfs.ids import ChunkId, Epoch, NodeId
-from modelfs.placement import EPOCH_MAX, MEMBERS_MAX, Member, PlacementMap, decode_map, make_map
+from modelfs.placement import (
+    EPOCH_MAX,
+    MEMBERS_MAX,
+    WEIGHT_MAX,
+    WEIGHT_MIN,
+    Member,
+    PlacementMap,
+    decode_map,
+    make_map,
+)
 
 FIRST = Epoch(1)
 
@@ -48,8 +57,9 @@ def dumb_place(members: PlacementMap, chunk: bytes, replicas: int) -> list[NodeI
     return placed
 
 
+weights = st.floats(0.01, 1000) | st.sampled_from([WEIGHT_MIN, WEIGHT_MAX])
 maps = st.lists(
-    st.tuples(st.floats(0.01, 1000), st.sampled_from(["", "a", "b", "c"])), min_size=1, max_size=12
+    st.tuples(weights, st.sampled_from(["", "a", "b", "c"])), min_size=1, max_size=12
 ).map(lambda facts: make_map(FIRST, [node(i, *fact) for i, fact in enumerate(facts)]))
 replica_counts = st.integers(1, 6)
 
@@ -302,6 +312,7 @@ def test_bytes_that_are_no_map_are_a_protocol_error(record: bytes) -> None:
     [
         [["0" * 15, "n", 1.0, ""]],
         [["0" * 16, "n", 0.0, ""]],
+        [["0" * 16, "n", 1e-308, ""]],
         [["0" * 16, "n", -1.0, ""]],
         [["0" * 16, "n", math.nan, ""]],
         [["0" * 16, "n", math.inf, ""]],
