@@ -10,10 +10,12 @@ import trio
 import trio.testing
 
 from modelfs import keys
-from modelfs.errors import MetadataUncertain, OutOfSpace
+from modelfs.errors import MetadataUncertain, OutOfSpace, UserError
+from modelfs.ids import Epoch, NodeId
 from modelfs.inode import decode_node
 from modelfs.limits import NODE_LEASE_SECONDS
-from modelfs.ports import StoreUsage, Txn, TxnResult
+from modelfs.placement import MEMBERS_MAX, WEIGHT_MAX, Member, make_map
+from modelfs.ports import Put, StoreUsage, Txn, TxnResult
 from modelfs.testing.metadata import MemoryMetadataStore
 from modelfsd.cluster.membership import REPORT_SECONDS, Membership, Self
 from modelfsd.metadata.leases import SWEEP_SECONDS
@@ -35,12 +37,11 @@ class RefusingStore(MemoryMetadataStore):
         return await super().commit(txn)
 
 
-def membership_of(node: Node, store: MemoryMetadataStore) -> Membership:
+def membership_of(node: Node, store: MemoryMetadataStore, free_bytes: int = 1) -> Membership:
     myself = Self(node.id, "renamed", "h", 1, "", "", 3600.0)
     nobody: Any = None  # the peers, who are asked only where a twin may be
-    return Membership(
-        myself, store, node.namespace, node.leases, nobody, lambda: StoreUsage(0, 0, 0, 0, 1, 1)
-    )
+    usage = StoreUsage(0, 0, 0, 0, free_bytes, free_bytes)
+    return Membership(myself, store, node.namespace, node.leases, nobody, lambda: usage)
 
 
 def name_in(store: MemoryMetadataStore, node: Node) -> str:
@@ -88,6 +89,28 @@ async def test_a_node_that_cannot_register_yet_goes_on_trying(
             await trio.sleep(2)
             assert name_in(store, node) == "renamed"
             nursery.cancel_scope.cancel()
+
+
+async def test_a_node_for_which_the_map_has_no_room_is_told_so(tmp_path: Path) -> None:
+    store = MemoryMetadataStore()
+    async with cluster_of(1, tmp_path, store) as cluster:
+        (node,) = cluster.nodes
+        others = [Member(NodeId(f"{i:016x}"), "n", 1.0, "") for i in range(MEMBERS_MAX)]
+        full = make_map(Epoch(2), others).encode()
+        await store.commit(Txn((), (Put(keys.placement_map(Epoch(2)), full),)))
+        await node.namespace.fresh()
+        with pytest.raises(UserError, match=r"at most 1024 are possible.*modelfs node remove"):
+            await membership_of(node, store).register()
+
+
+async def test_a_disk_without_a_known_end_has_the_largest_weight(tmp_path: Path) -> None:
+    store = MemoryMetadataStore()
+    async with cluster_of(1, tmp_path, store) as cluster:
+        (node,) = cluster.nodes
+        await membership_of(node, store, free_bytes=(1 << 63) - 1).register()
+        placement = node.mirror.latest_map
+        assert placement is not None
+        assert [member.weight for member in placement.members] == [WEIGHT_MAX]
 
 
 @pytest.mark.expected_logs(NO_HEARTBEAT, "was away for too long")

@@ -31,7 +31,7 @@ from modelfs.ids import Epoch, NodeId, Revision
 from modelfs.inode import NodeRecord, decode_node, encode
 from modelfs.limits import GIB, NODE_LEASE_SECONDS
 from modelfs.mirror import Change, Mirror, NodeChanged
-from modelfs.placement import Member, PlacementMap, make_map
+from modelfs.placement import WEIGHT_MAX, Member, PlacementMap, make_map
 from modelfs.ports import Compare, MetadataStore, Put, StoreUsage, Target, Txn
 from modelfsd.metadata.leases import Leases
 from modelfsd.metadata.namespace import Namespace
@@ -183,7 +183,7 @@ class Membership:
     def _plan_map(self, mirror: Mirror) -> Plan[Epoch]:
         usage = self._usage()
         capacity_bytes = usage.owned_bytes + usage.cached_bytes + usage.free_bytes
-        weight = max(capacity_bytes / GIB, 0.001)
+        weight = min(max(capacity_bytes / GIB, 0.001), WEIGHT_MAX)
         member = Member(self._myself.node, self._myself.name, weight, self._myself.zone)
         latest = mirror.latest_map
         if latest is None:
@@ -191,7 +191,7 @@ class Membership:
         elif _is_placed(latest, member):
             return Plan(Txn((), ()), latest.epoch)
         else:
-            placement = latest.with_member(member)
+            placement = _joined(latest, member)
         key = keys.placement_map(placement.epoch)
         guard = Compare(key, Target.CREATE, Revision(0))
         log.info("taking this node's place in the placement map: epoch %d", placement.epoch)
@@ -220,6 +220,17 @@ class Membership:
                 await self._store.revoke(self._etcd_lease)
         except (*UNAVAILABLE, trio.TooSlowError) as error:
             log.info("etcd could not be told that this node stops: %s", error or "no answer")
+
+
+def _joined(placement: PlacementMap, member: Member) -> PlacementMap:
+    """The next map, with this member. Raises UserError if there can be none."""
+    try:
+        return placement.with_member(member)
+    except ValueError as error:
+        raise UserError(
+            f"the placement map has no room for this node: {error}. `modelfs status` on another "
+            "node shows who is down; `modelfs node remove` takes out who will not come back"
+        ) from error
 
 
 def _is_placed(placement: PlacementMap, member: Member) -> bool:
