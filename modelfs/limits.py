@@ -32,6 +32,7 @@ RETAIN_SECONDS_DEFAULT = 3600.0  # superseded versions: long enough to notice a 
 # --- the peer protocol
 FRAME_HEADER_BYTES_MAX = 64 * KIB
 HAS_CHUNKS_MAX = 1024  # ids in one `has` request: 32 KiB, below the header bound
+BYTES_PER_SECOND_MIN = 256 * KIB  # of a payload: whoever is slower holds the other for nothing
 CONNECTIONS_PER_PEER = 4  # parallel requests to one peer; more than 4 gained nothing on loopback
 CONNECTIONS_MAX = 256  # that a server accepts
 UNPROVED_MAX = 128  # of these, while nobody has shown a certificate: the rest is for members

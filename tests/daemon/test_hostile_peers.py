@@ -9,6 +9,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from modelfs.inode import NodeRecord
 from modelfs.manifest import PlacedChunk
 from modelfs.ports import Holding
 from modelfs.testing.stores import MemoryChunkStore
+from modelfsd.peers import link
 from modelfsd.peers.client import PeerClient
 from modelfsd.storage.chunks import Chunks
 from modelfsd.trust.tls import stranger_context
@@ -31,6 +33,7 @@ from tests.daemon.peer_parts import (
     CLIENT,
     GUARD_SECONDS,
     SERVER,
+    SHORT,
     Served,
     hello,
     make,
@@ -247,6 +250,44 @@ async def test_a_server_that_ends_in_the_middle_is_unavailable(sent: bytes) -> N
     with strange_peer(talk) as (client, _):
         with pytest.raises(PeerUnavailable):
             await client.ping(SERVER)
+
+
+GET_REPLY = wire.encode(1, wire.GetReply(REF.length, TABLE), REF.length)
+FIRST_REPLY = hello() + GET_REPLY
+
+
+@pytest.mark.parametrize("at_once", [0, len(hello()), len(FIRST_REPLY) - 9, len(FIRST_REPLY)])
+async def test_a_server_that_sends_a_byte_now_and_then_is_passed_over(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GREETING_SECONDS", "ANSWER_SECONDS", "PAYLOAD_SECONDS"):
+        monkeypatch.setattr(link, name, SHORT)
+    said = FIRST_REPLY + DATA
+
+    def talk(connection: socket.socket) -> None:
+        read_frames(connection, 1)
+        connection.sendall(said[:at_once])
+        trickle(connection, said[at_once:])
+
+    with strange_peer(talk) as (client, _), trio.fail_after(GUARD_SECONDS):
+        with pytest.raises(PeerUnavailable, match="took too long"):
+            await client.fetch(SERVER, REF, 0, REF.length, GUARD_SECONDS)
+
+
+async def test_a_server_that_goes_on_working_for_ever_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(link, "ANSWER_SECONDS", SHORT)
+
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(hello())
+        while True:
+            connection.sendall(wire.encode(1, wire.Working()))
+            time.sleep(SHORT / 8)
+
+    with strange_peer(talk) as (client, _), trio.fail_after(GUARD_SECONDS):
+        with pytest.raises(PeerUnavailable, match="took too long"):
+            await client.put(SERVER, REF, TABLE, DATA)
 
 
 # ---------------------------------------------------------------- wrong bytes

@@ -3,8 +3,9 @@
 Liveness belongs to the peer and not to the request: `Link.heard_at` is when the last byte came
 from it on any connection. A request gives up when the peer as a whole has been silent for the
 request's patience while it waited. So a peer that is busy sending other chunks is never given up,
-and one that died is noticed by all its requests at the same moment. (A request also has a
-bound of its own, STALL_SECONDS, for a peer that lives but whose disk does not.)
+and one that died is noticed by all its requests at the same moment. (A request also has
+bounds of its own: STALL_SECONDS, for a peer that lives but whose disk does not, and a time by which
+each step must be through, for one of which a byte comes now and then.)
 
 A `Conversation` runs on a worker thread and may be abandoned from another thread: its connection
 is shut down, which ends whatever system call it is in. A connection goes back to the pool only
@@ -24,13 +25,16 @@ from modelfs import wire
 from modelfs.chunk import Buffer
 from modelfs.errors import PeerUnavailable, ProtocolError
 from modelfs.ids import NodeId
-from modelfs.limits import CONNECT_SECONDS
+from modelfs.limits import BYTES_PER_SECOND_MIN, CONNECT_SECONDS
 from modelfsd.peers.frame_channel import FrameChannel
 from modelfsd.peers.secure_channel import SecureChannel
 from modelfsd.trust.tls import Tls, TlsFailed
 
 WAIT_SECONDS = 0.1  # how often a blocked call looks whether the peer still lives
 STALL_SECONDS = 60.0  # without a byte on its own connection a request ends, however lively the peer
+GREETING_SECONDS = 10.0  # for a handshake and a hello; a server gives a client 5
+ANSWER_SECONDS = 120.0  # for a reply's header: twice `session.WORKING_SECONDS_MAX`
+PAYLOAD_SECONDS = 30.0  # besides its due at BYTES_PER_SECOND_MIN; what is under way counts too
 
 T = TypeVar("T")
 
@@ -206,7 +210,7 @@ class Conversation(Generic[T]):
         self._lock = threading.Lock()
         self._channel: FrameChannel | None = None
         self._is_abandoned = False
-        self._progress_at = 0.0
+        self._progress_at = self._due_at = 0.0
         self._bytes_moved = 0
 
     def run(self) -> T:
@@ -251,6 +255,7 @@ class Conversation(Generic[T]):
         channel = connection.channel
         connection.requests += 1
         connection.in_step = False
+        self._allow(ANSWER_SECONDS, len(payload))
         header = wire.encode(connection.requests, message, len(payload))
         channel.send([header, payload], self._check)
         while True:
@@ -266,6 +271,7 @@ class Conversation(Generic[T]):
     def receive_payload(self, into: memoryview) -> None:
         """Take the reply's payload."""
         connection = self._connected()
+        self._allow(PAYLOAD_SECONDS, len(into))
         connection.channel.receive_payload(into, self._check)
         connection.in_step = True
 
@@ -294,12 +300,17 @@ class Conversation(Generic[T]):
             self._channel = channel
             self._bytes_moved = channel.bytes_in + channel.bytes_out
             self._progress_at = time.monotonic()
+            self._allow(GREETING_SECONDS)
             if self._is_abandoned:
                 channel.shut_down()
         return self._check
 
+    def _allow(self, seconds: float, size: int = 0) -> None:
+        """Have the step that begins now end by then."""
+        self._due_at = time.monotonic() + seconds + size / BYTES_PER_SECOND_MIN
+
     def _check(self) -> None:
-        """Raise if nobody waits any more, or if the peer has been silent for too long."""
+        """Raise if nobody waits any more, or if the peer is silent or slow beyond measure."""
         if self._is_abandoned:
             raise Abandoned("nobody waits for it any more")
         now = time.monotonic()
@@ -314,3 +325,5 @@ class Conversation(Generic[T]):
             raise PeerSilent(f"silent for {silence:.1f} s")
         if now - self._progress_at > STALL_SECONDS:
             raise TimeoutError(f"this request got no answer for {STALL_SECONDS:.0f} s")
+        if now > self._due_at:
+            raise TimeoutError("its answer took too long")

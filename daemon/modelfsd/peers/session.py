@@ -31,7 +31,7 @@ from modelfs.chunk import (
 )
 from modelfs.errors import ChunkMissing, CorruptChunk, ModelfsError, OutOfSpace, ProtocolError
 from modelfs.ids import ChunkId, NodeId
-from modelfs.limits import MIB
+from modelfs.limits import BYTES_PER_SECOND_MIN, MIB
 from modelfs.ports import ChunkStore, Holding, OpenChunk
 from modelfs.wire import FailureKind
 from modelfsd.buffers import BufferPool
@@ -48,7 +48,6 @@ HELLO_SECONDS = 5.0  # a stranger who says nothing is gone by then
 IDLE_SECONDS = 120.0  # a client opens another connection when it needs one
 STRANGER_SECONDS = 10.0  # who may only ask for INFO or JOIN has no reason to wait
 FRAME_SECONDS = 10.0  # for a header, and for a payload besides its due at the rate below
-BYTES_PER_SECOND_MIN = 256 << 10  # who takes less holds a thread for nothing
 PULSE_SECONDS = 0.1  # a request that takes longer is answered by WORKING frames meanwhile
 WORKING_SECONDS_MAX = 60.0  # ... but not for ever: a disk that takes longer is as good as dead
 RECEIVE_BYTES_MAX = 256 * MIB  # all puts under way together
