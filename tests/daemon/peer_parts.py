@@ -25,6 +25,7 @@ from tests.pki_parts import CLUSTER, tls_of
 SERVER, CLIENT = NodeId("1" * 16), NodeId("9" * 16)
 GUARD_SECONDS = 60.0
 SHORT = 0.4  # seconds of patience, for peers that will not answer
+LONG = 2.0  # ... for peers that will, also on a busy machine, where the test waits for its end
 
 
 def make(length: int, seed: int = 0) -> tuple[ChunkRef, bytes, bytes]:
@@ -92,7 +93,10 @@ class Served:
 
 
 def make_impatient(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.2) -> None:
-    """Let the server's deadlines be short, for clients that will not meet them."""
+    """Let the server's deadlines be short, for clients that will not meet them.
+
+    Not before a client has said what it shall be heard with: on a busy machine it may be late.
+    """
     for name in ("HELLO_SECONDS", "FRAME_SECONDS", "STRANGER_SECONDS"):
         monkeypatch.setattr(peer_session, name, seconds)
     monkeypatch.setattr(peer_session, "WAIT_SECONDS", seconds / 4)

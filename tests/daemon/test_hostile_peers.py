@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -73,30 +74,40 @@ def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 # ---------------------------------------------------------------- who sends a byte now and then
 
 
-def before_tls(peer: Served) -> None:
+Impatient = Callable[[], None]  # what makes the server's deadlines short
+
+
+def before_tls(peer: Served, impatient: Impatient) -> None:
+    impatient()
     with closing(peer.plain()) as slow:
         trickle(slow, CLIENT_HELLO)
 
 
-def before_hello(peer: Served) -> None:
+def before_hello(peer: Served, impatient: Impatient) -> None:
+    impatient()
     with closing(peer.raw()) as slow:
         trickle(slow, hello(node=CLIENT) * 9)
 
 
-def in_a_header(peer: Served) -> None:
+def in_a_header(peer: Served, impatient: Impatient) -> None:
     with closing(peer.raw()) as slow:
         slow.sendall(hello(node=CLIENT))
         read_frames(slow, 1)
+        impatient()
         trickle(slow, wire.encode(1, wire.Has(bytes(32 * 1000), False)))
 
 
-def in_a_payload(peer: Served) -> None:
+def in_a_payload(peer: Served, impatient: Impatient) -> None:
     with closing(peer.raw()) as slow:
-        slow.sendall(hello(node=CLIENT) + PUT[:-900])
+        slow.sendall(hello(node=CLIENT))
+        read_frames(slow, 1)
+        impatient()
+        slow.sendall(PUT[:-900])
         trickle(slow, DATA[-900:])
 
 
-def as_a_stranger(peer: Served) -> None:
+def as_a_stranger(peer: Served, impatient: Impatient) -> None:
+    impatient()
     with closing(peer.raw(stranger_context())) as slow:
         slow.sendall(hello(cluster="", node=CLIENT))
         trickle(slow, wire.encode(1, wire.Join(bytes(2000))))
@@ -108,17 +119,17 @@ STAGES = [before_tls, before_hello, in_a_header, in_a_payload, as_a_stranger]
 @pytest.mark.expected_logs("closed the connection")
 @pytest.mark.parametrize("attack", STAGES)
 def test_who_sends_a_byte_now_and_then_is_cut_off(
-    attack: Callable[[Served], None],
+    attack: Callable[[Served, Impatient], None],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with served() as peer, besides(peer):
-        make_impatient(monkeypatch)
         for _ in range(2):
-            with pytest.raises(OSError, match=r"(?i)reset|pipe|the end|EOF|closed"):
-                attack(peer)
+            with monkeypatch.context() as patch:
+                with pytest.raises(OSError, match=r"(?i)reset|pipe|the end|EOF|closed"):
+                    attack(peer, partial(make_impatient, patch))
+                peer.wait_for_connections(1)
         assert len(lines_of(caplog)) == 1, "one line for an address in a while"
-        monkeypatch.undo()
 
 
 # ---------------------------------------------------------------- truncation

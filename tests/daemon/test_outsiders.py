@@ -16,6 +16,7 @@ from modelfs.errors import PeerUnavailable
 from modelfs.ids import ClusterId, NodeId
 from modelfs.limits import MIB
 from modelfs.ports import Holding
+from modelfsd.peers import session as peer_session
 from modelfsd.peers.client import PeerClient
 from modelfsd.trust.pki import Party
 from modelfsd.trust.tls import Tls, stranger_context
@@ -241,7 +242,7 @@ async def test_many_large_chunks_in_both_directions(data_tls: bool) -> None:
 
 @pytest.mark.expected_logs("took too long")
 async def test_a_stranger_who_says_nothing_more_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_impatient(monkeypatch)
+    monkeypatch.setattr(peer_session, "STRANGER_SECONDS", 0.5)  # from its greeting on
     with served() as peer:
         client = peer.client()
         await client.ping(SERVER)

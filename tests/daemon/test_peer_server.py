@@ -116,10 +116,10 @@ def test_who_does_not_belong_is_told_why_and_cut_off(
 def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make_impatient(monkeypatch)
     with served() as peer, closing(peer.raw()) as slow:
         slow.sendall(hello(node=CLIENT))
         read_frames(slow, 1)
+        make_impatient(monkeypatch)
         frame = wire.encode(1, wire.Has(bytes(32 * 1000), False))
         with pytest.raises(OSError, match=r"reset|pipe|the end"):
             trickle(slow, frame)
@@ -127,21 +127,21 @@ def test_a_client_that_sends_a_byte_now_and_then_is_cut_off(
 
 @pytest.mark.expected_logs("closed the connection")
 def test_a_client_that_never_greets_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_impatient(monkeypatch)
+    make_impatient(monkeypatch, 1.0)  # the handshake must be over by then
     with served() as peer, closing(peer.raw()) as connection:
         wait_for_end(connection)
 
 
 @pytest.mark.expected_logs("closed the connection")
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_impatient(monkeypatch)
     monkeypatch.setattr(peer_session, "BYTES_PER_SECOND_MIN", 1 << 40)
     ref, table, data = make(32 * MIB)
     with served() as peer, closing(peer.raw()) as connection:
         peer.store.put(ref, table, data, Holding.OWNED)
-        get = wire.encode(1, wire.Get(ref.id, 0, ref.length))
-        connection.sendall(hello(node=CLIENT) + get)
+        connection.sendall(hello(node=CLIENT))
         read_frames(connection, 1)  # so its thread is there
+        make_impatient(monkeypatch)
+        connection.sendall(wire.encode(1, wire.Get(ref.id, 0, ref.length)))
         for thread in threading.enumerate():
             if thread.name.startswith("peer-"):
                 thread.join(GUARD_SECONDS)

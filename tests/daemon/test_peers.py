@@ -1,32 +1,28 @@
-"""Peers over real sockets that die, stall, restart, answer nonsense, or have failing disks."""
+"""Peers over real sockets that die, stall, restart, or answer nonsense."""
 
 from __future__ import annotations
 
-import os
 import socket
 import struct
 import threading
+import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from modelfs import wire
-from modelfs.chunk import Buffer, ChunkRef
 from modelfs.errors import (
     ChunkMissing,
     CorruptChunk,
-    PeerRefused,
     PeerUnavailable,
 )
-from modelfs.ids import ChunkId
-from modelfs.limits import BLOCK_BYTES, CONNECTIONS_PER_PEER, MIB
-from modelfs.ports import Holding, OpenChunk
-from modelfs.testing.stores import MemoryChunkStore
-from modelfsd.peers import session as peer_session
+from modelfs.limits import CONNECTIONS_PER_PEER, MIB
+from modelfs.ports import Holding
 from tests.daemon.peer_parts import (
-    CLIENT,
     GUARD_SECONDS,
+    LONG,
     SERVER,
     SHORT,
     hello,
@@ -98,6 +94,27 @@ async def test_all_who_wait_for_a_silent_peer_fail_together() -> None:
         assert client.inflight(SERVER) == 0
 
 
+async def test_who_stood_still_looks_for_an_answer_before_it_calls_a_peer_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ref, table, data = make(100)
+    skipped_seconds = 0.0
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + skipped_seconds)
+    monkeypatch.setattr("modelfsd.peers.link.time", clock)
+
+    def talk(connection: socket.socket) -> None:
+        nonlocal skipped_seconds
+        connection.sendall(hello())
+        connection.recv(1 << 16)
+        skipped_seconds = 3 * LONG  # the whole machine stands still before the answer
+        connection.sendall(wire.encode(1, wire.GetReply(ref.length, table), 100) + data)
+        wait_for_end(connection)
+
+    with strange_peer(talk) as (client, _):
+        with trio.fail_after(GUARD_SECONDS):
+            assert await client.fetch(SERVER, ref, 0, 100, LONG) == data
+
+
 async def test_a_peer_that_talks_on_one_connection_is_alive_on_all() -> None:
     ref, table, data = make(100)
     first, second = threading.Event(), threading.Event()
@@ -106,10 +123,10 @@ async def test_a_peer_that_talks_on_one_connection_is_alive_on_all() -> None:
         connection.sendall(hello())
         connection.recv(1 << 16)
         if first.is_set():
-            # The other one: a trickle, for several times the patience of the first.
+            # The other one: a trickle, for longer than the patience of the first.
             for _ in range(20):
                 connection.sendall(wire.encode(1, wire.Working()))
-                second.wait(SHORT / 4)
+                second.wait(LONG / 10)
             second.set()
         first.set()
         second.wait(GUARD_SECONDS)
@@ -119,7 +136,7 @@ async def test_a_peer_that_talks_on_one_connection_is_alive_on_all() -> None:
     with strange_peer(talk) as (client, _):
 
         async def fetch() -> None:
-            assert await client.fetch(SERVER, ref, 0, 100, SHORT) == data
+            assert await client.fetch(SERVER, ref, 0, 100, LONG) == data
 
         with trio.fail_after(GUARD_SECONDS):
             async with trio.open_nursery() as nursery:
@@ -231,133 +248,7 @@ async def test_bytes_that_are_not_the_chunks_are_corrupt() -> None:
                     await client.fetch(SERVER, ref, 0, 100, GUARD_SECONDS)
 
 
-# ---------------------------------------------------------------- slow and failing disks
-
-
-class SlowStore(MemoryChunkStore):
-    """A store whose put and sync wait for the test."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.may_go_on = threading.Event()
-
-    def put(self, ref: ChunkRef, table: Buffer, data: Buffer, holding: Holding) -> None:
-        assert self.may_go_on.wait(GUARD_SECONDS)
-        super().put(ref, table, data, holding)
-
-    def sync(self) -> None:
-        assert self.may_go_on.wait(GUARD_SECONDS)
-        super().sync()
-
-
-def test_a_slow_put_is_accompanied_by_signs_of_life() -> None:
-    store = SlowStore()
-    ref, table, data = make(1000)
-    with served(store) as peer, closing(peer.raw()) as connection:
-        put = wire.Put(ref.id, ref.checksum, ref.length, table)
-        connection.sendall(hello(node=CLIENT) + wire.encode(7, put, 1000) + data)
-        reader, messages = wire.FrameReader(), list[wire.Message]()
-        while len(messages) < 5:
-            reader.receive(connection.recv(1 << 16))
-            while (frame := reader.next_frame()) is not None:
-                messages.append(frame.message)
-        assert set(messages[1:]) == {wire.Working()}
-        store.may_go_on.set()
-        while not isinstance(messages[-1], wire.Ok):
-            reader.receive(connection.recv(1 << 16))
-            while (frame := reader.next_frame()) is not None:
-                messages.append(frame.message)
-        assert store.has([ref.id], renew=False) == [True]
-
-
-async def test_a_slow_fsync_does_not_make_a_peer_unavailable(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("modelfsd.peers.client.PUT_PATIENCE_SECONDS", 2 * SHORT)
-    store = SlowStore()
-    ref, table, data = make(1000)
-    with served(store) as peer, trio.fail_after(GUARD_SECONDS):
-        client = peer.client()
-        async with trio.open_nursery() as nursery:
-            # As many as may be; a reader gets through beside them, and time passes for all.
-            for _ in range(2 * CONNECTIONS_PER_PEER):
-                nursery.start_soon(client.put, SERVER, ref, table, data)
-            started = trio.current_time()
-            while trio.current_time() < started + 6 * SHORT:
-                with pytest.raises(ChunkMissing):
-                    await client.fetch(SERVER, make(5, 5)[0], 0, 5, SHORT)
-                await trio.sleep(SHORT / 8)
-            store.may_go_on.set()
-        await client.sync(SERVER)
-        assert client.latency(SERVER) > 0
-        assert 0 < client.load(SERVER) < float("inf")
-        client.close()
-
-
-async def test_a_disk_that_hangs_does_not_live_by_signs_of_life(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(peer_session, "WORKING_SECONDS_MAX", 0.5)
-    monkeypatch.setattr("modelfsd.peers.client.PUT_PATIENCE_SECONDS", SHORT)
-    store = SlowStore()
-    with served(store) as peer, trio.fail_after(GUARD_SECONDS):
-        client = peer.client()
-        with pytest.raises(PeerUnavailable, match="silent"):
-            await client.put(SERVER, *make(1000))
-        store.may_go_on.set()
-        client.close()
-
-
-async def test_a_request_that_is_never_answered_ends_though_its_patience_lasts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("modelfsd.peers.link.STALL_SECONDS", SHORT)
-    with strange_peer(wait_for_end) as (client, _):
-        with trio.fail_after(GUARD_SECONDS):
-            with pytest.raises(PeerUnavailable, match="no answer"):
-                await client.fetch(SERVER, make(9)[0], 0, 9, GUARD_SECONDS)
-
-
-class FailingStore(MemoryChunkStore):
-    """A disk that fails in every way that it can."""
-
-    def open(self, chunk: ChunkId) -> OpenChunk:
-        raise OSError(5, "Input/output error")
-
-    def put(self, ref: ChunkRef, table: Buffer, data: Buffer, holding: Holding) -> None:
-        raise OSError(30, "Read-only file system")
-
-
-@pytest.mark.expected_logs("the disk failed")
-async def test_a_failing_disk_is_a_refusal() -> None:
-    ref, table, data = make(1000)
-    with served(FailingStore()) as peer:
-        client = peer.client()
-        with pytest.raises(PeerRefused, match="Read-only"):
-            await client.put(SERVER, ref, table, data)
-        with pytest.raises(PeerRefused, match="Input/output"):
-            await client.fetch(SERVER, ref, 0, 10, 5)
-        assert client.statistics()[SERVER].connects == 1
-        client.close()
-
-
-class ShrinkingStore(MemoryChunkStore):
-    """A chunk file that is shorter than it was when it was opened."""
-
-    def open(self, chunk: ChunkId) -> OpenChunk:
-        opened = super().open(chunk)
-        os.ftruncate(opened.fd, 10)
-        return opened
-
-
-async def test_a_file_that_shrinks_while_it_is_sent_ends_the_connection() -> None:
-    ref, table, data = make(BLOCK_BYTES)
-    with served(ShrinkingStore()) as peer:
-        peer.store.put(ref, table, data, Holding.OWNED)
-        client = peer.client()
-        with trio.fail_after(GUARD_SECONDS), pytest.raises(PeerUnavailable):
-            await client.fetch(SERVER, ref, 0, BLOCK_BYTES, GUARD_SECONDS)
-        client.close()
+# ---------------------------------------------------------------- what is asked of them
 
 
 async def test_only_a_copy_that_is_really_bad_is_reported_to_the_node() -> None:

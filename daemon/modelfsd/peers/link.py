@@ -7,6 +7,10 @@ and one that died is noticed by all its requests at the same moment. (A request 
 bounds of its own: STALL_SECONDS, for a peer that lives but whose disk does not, and a time by which
 each step must be through, for one of which a byte comes now and then.)
 
+Silence is what a thread has listened to. Where this machine stood still, or the thread was not
+scheduled, nobody listened, and the peer may have answered: of the time between two looks at the
+connection no more than LOOK_SECONDS_MAX counts.
+
 A `Conversation` runs on a worker thread and may be abandoned from another thread: its connection
 is shut down, which ends whatever system call it is in. A connection goes back to the pool only
 when a reply has been taken to its last byte.
@@ -31,6 +35,7 @@ from modelfsd.peers.secure_channel import SecureChannel
 from modelfsd.trust.tls import Tls, TlsFailed
 
 WAIT_SECONDS = 0.1  # how often a blocked call looks whether the peer still lives
+LOOK_SECONDS_MAX = 2 * WAIT_SECONDS
 STALL_SECONDS = 60.0  # without a byte on its own connection a request ends, however lively the peer
 GREETING_SECONDS = 10.0  # for a handshake and a hello; a server gives a client 5
 ANSWER_SECONDS = 120.0  # for a reply's header: twice `session.WORKING_SECONDS_MAX`
@@ -210,7 +215,8 @@ class Conversation(Generic[T]):
         self._lock = threading.Lock()
         self._channel: FrameChannel | None = None
         self._is_abandoned = False
-        self._progress_at = self._due_at = 0.0
+        self._progress_at = self._looked_at = self._due_at = 0.0
+        self._listened_seconds = 0.0  # since the last progress
         self._bytes_moved = 0
 
     def run(self) -> T:
@@ -299,7 +305,8 @@ class Conversation(Generic[T]):
         with self._lock:
             self._channel = channel
             self._bytes_moved = channel.bytes_in + channel.bytes_out
-            self._progress_at = time.monotonic()
+            self._progress_at = self._looked_at = time.monotonic()
+            self._listened_seconds = 0.0
             self._allow(GREETING_SECONDS)
             if self._is_abandoned:
                 channel.shut_down()
@@ -319,8 +326,11 @@ class Conversation(Generic[T]):
         if moved != self._bytes_moved:
             # Sending counts: a full window opens only when the peer has acknowledged something.
             self._bytes_moved = moved
-            self._progress_at = now
-        silence = now - max(self.link.heard_at, self._progress_at)
+            self._progress_at = self._looked_at = now
+            self._listened_seconds = 0.0
+        self._listened_seconds += min(now - self._looked_at, LOOK_SECONDS_MAX)
+        self._looked_at = now
+        silence = min(now - max(self.link.heard_at, self._progress_at), self._listened_seconds)
         if silence > self._patience:
             raise PeerSilent(f"silent for {silence:.1f} s")
         if now - self._progress_at > STALL_SECONDS:
