@@ -1,7 +1,9 @@
 """Labs for the mount tests: three real daemons on loopback, each with etcd and a FUSE mount.
 
 - `lab` lives for the whole run and stays healthy; tests that kill or damage use `fault_lab`.
-- `plain_lab` does not encrypt chunks on their way; it has two nodes, and stays healthy, too.
+- `plain_lab` does not encrypt chunks on their way; it has two nodes, and stays healthy, too. A
+  writer waits 2 s for another there. In the other labs it waits as long as in production, so that
+  nodes which take turns are not told EBUSY when one of them is late on a busy machine.
 - `dirs` is a fresh directory, seen through the three mounts; it is removed afterwards.
 - What these tests need must be there: a machine without FUSE is an error, not a skip.
 - A WARNING or worse in a daemon's log fails the test that used `dirs`, unless the test expects it
@@ -25,8 +27,8 @@ from tests.mount.mount_parts import BIG_BYTES, Dirs, make_whole
 
 NODES = 3
 LOG_LINES = 60  # of each daemon, with the report of a failed test
-LOCK_WAIT_SECONDS = 2
-SETTINGS = f'lock_wait = "{LOCK_WAIT_SECONDS}s"\n'
+LOCK_WAIT_SECONDS = 2  # in `plain_lab`
+SHORT_LOCK_WAIT = f'lock_wait = "{LOCK_WAIT_SECONDS}s"\n'
 _numbers = itertools.count(1)
 
 
@@ -58,12 +60,16 @@ def pytest_runtest_makereport(
 
 
 def _start_lab(
-    test_root: Path, name: str, nodes: int = NODES, arguments: Sequence[str] = ()
+    test_root: Path,
+    name: str,
+    nodes: int = NODES,
+    arguments: Sequence[str] = (),
+    settings: str = "",
 ) -> Lab:
     root = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=test_root))
     os.chmod(test_root, 0o755)  # tests run children as another user
     os.chmod(root, 0o755)
-    return Lab.up(root, nodes, settings=SETTINGS, arguments=arguments)
+    return Lab.up(root, nodes, settings=settings, arguments=arguments)
 
 
 @pytest.fixture(scope="session")
@@ -75,8 +81,8 @@ def lab(test_root: Path) -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def plain_lab(test_root: Path) -> Iterator[Lab]:
-    """A lab whose founder said `--data-tls off`."""
-    with _start_lab(test_root, "plain", 2, ["--data-tls", "off"]) as lab:
+    """A lab whose founder said `--data-tls off`, and whose writers wait for 2 s only."""
+    with _start_lab(test_root, "plain", 2, ["--data-tls", "off"], SHORT_LOCK_WAIT) as lab:
         yield lab
 
 

@@ -31,8 +31,9 @@ from modelfsd.lab import processes as lab_processes
 from modelfsd.lab.cluster import Lab
 from modelfsd.lab.state import LabNode
 
-CHILD_SECONDS = 60.0  # a guard against hangs, not a measure of speed
-CONDITION_SECONDS = 60.0
+# Guards against hangs, not measures of speed.
+CHILD_SECONDS = 150.0
+CONDITION_SECONDS = 150.0
 POLL_SECONDS = 0.05
 MIB = 1 << 20
 REALTIME_COARSE = 5  # CLOCK_REALTIME_COARSE, by which the kernel stamps files
@@ -50,9 +51,9 @@ def refused(number: int) -> Iterator[None]:
     assert found == number, f"{errno.errorcode.get(found or 0)}, not {errno.errorcode[number]}"
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 0.0) -> None:
+def wait_until(condition: Callable[[], object], what: str) -> None:
     """Wait for a condition; fail if it does not come."""
-    deadline = time.monotonic() + (seconds or CONDITION_SECONDS)
+    deadline = time.monotonic() + CONDITION_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for: {what}"
         time.sleep(POLL_SECONDS)

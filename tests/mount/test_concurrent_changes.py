@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from modelfsd.lab.cluster import Lab
 from tests.mount.conftest import LOCK_WAIT_SECONDS
 from tests.mount.mount_parts import (
     Dirs,
@@ -27,19 +28,31 @@ pytestmark = pytest.mark.fuse
 # ---------------------------------------------------------------- G5
 
 
-def test_a_second_writer_waits_and_then_is_told_that_the_file_is_busy(dirs: Dirs) -> None:
-    (dirs[0] / "file").write_bytes(b"contents")
-    with (dirs[0] / "file").open("r+b"):
+def test_a_second_writer_waits_and_then_is_told_that_the_file_is_busy(plain_lab: Lab) -> None:
+    here, there = (node.mount / "busy" for node in plain_lab.nodes)
+    here.write_bytes(b"contents")
+    with here.open("r+b"):
         started = time.monotonic()
         with refused(errno.EBUSY):
-            os.open(dirs[1] / "file", os.O_WRONLY)
+            os.open(there, os.O_WRONLY)
         assert time.monotonic() - started >= LOCK_WAIT_SECONDS * 0.9
-        assert (dirs[1] / "file").read_bytes() == b"contents"
+        assert there.read_bytes() == b"contents"
         with refused(errno.EBUSY):
-            os.truncate(dirs[2] / "file", 0)
-    with (dirs[1] / "file").open("r+b") as file:
-        file.write(b"CONTENTS")
-    assert (dirs[0] / "file").read_bytes() == b"CONTENTS"
+            os.truncate(there, 0)
+
+    def overwrite() -> bool:
+        try:
+            with there.open("r+b") as file:
+                file.write(b"CONTENTS")
+        except OSError as error:  # on a busy machine the lease may be given back after 2 s
+            if error.errno == errno.EBUSY:
+                return False
+            raise
+        return True
+
+    wait_until(overwrite, "the lease to be given back")
+    assert here.read_bytes() == b"CONTENTS"
+    here.unlink()
 
 
 def test_a_second_writer_goes_on_from_what_the_first_one_closed(dirs: Dirs) -> None:
@@ -47,7 +60,7 @@ def test_a_second_writer_goes_on_from_what_the_first_one_closed(dirs: Dirs) -> N
     with (dirs[0] / "file").open("ab") as file:
         second = start_child("with open(path, 'ab') as f: f.write(b'two')", path=dirs[1] / "file")
         file.write(b"one,")
-        time.sleep(LOCK_WAIT_SECONDS / 4)  # so that the child waits for the lease, usually
+        time.sleep(0.5)  # so that the child waits for the lease, usually
     assert finish_child(second).errno == 0
     assert (dirs[2] / "file").read_bytes() == b"zero,one,two"
 
@@ -147,10 +160,10 @@ def test_a_directory_that_is_in_use_here_can_be_moved_elsewhere_and_then_here(di
         assert set(os.listdir(inside)) == {"file", "file-2", "mine-2", "made"}
         for directory in dirs:
             below = directory / "a/moved/below"
-            wait_until(partial(_is_gone, below / "theirs-2"), "one directory", 5)
+            wait_until(partial(_is_gone, below / "theirs-2"), "one directory")
             assert sorted(os.listdir(below)) == ["file", "file-2", "made", "mine-2"]
         (dirs[0] / "a/moved/below/mine-2").unlink()
-        wait_until(lambda: not os.access("mine-2", os.F_OK, dir_fd=inside), "the event", 5)
+        wait_until(lambda: not os.access("mine-2", os.F_OK, dir_fd=inside), "the event")
         os.chmod(".", 0o711, dir_fd=inside)
         assert (dirs[0] / "a/moved/below").stat().st_mode & 0o777 == 0o711
         assert os.fstat(inside).st_mode & 0o777 == 0o711
@@ -199,7 +212,7 @@ def test_changes_of_names_from_three_nodes_leave_one_tree(dirs: Dirs, seed: int)
     ]
     assert [finish_child(child).text for child in children] == ["", "", ""]
     trees = [tree_of(directory) for directory in dirs]
-    wait_until(lambda: tree_of(dirs[1]) == tree_of(dirs[0]) == tree_of(dirs[2]), "one tree", 5)
+    wait_until(lambda: tree_of(dirs[1]) == tree_of(dirs[0]) == tree_of(dirs[2]), "one tree")
     assert trees[0].keys() == trees[1].keys() == trees[2].keys()
     for directory in dirs:
         for path, detail in tree_of(directory).items():

@@ -20,7 +20,15 @@ import pytest
 
 from modelfsd.lab.cluster import Lab
 from modelfsd.lab.state import LabNode
-from tests.mount.mount_parts import Dirs, ask, finish_child, start_child, tree_of, wait_until
+from tests.mount.mount_parts import (
+    CHILD_SECONDS,
+    Dirs,
+    ask,
+    finish_child,
+    start_child,
+    tree_of,
+    wait_until,
+)
 
 pytestmark = pytest.mark.fuse
 
@@ -147,12 +155,12 @@ def test_a_fight_for_names_leaves_one_tree_without_orphans(
     ]
     answers: Counter[str] = Counter()
     for child in children:
-        result = finish_child(child)
+        result = finish_child(child, CHILD_SECONDS + 16 * SECONDS)  # it may go on for that long
         assert result.errno == 0, result.text
         answers += Counter(result.value)
     assert not [answer for answer in answers if answer.startswith("WRONG")], dict(answers)
     for name in ("rename", "mkdir", "rmdir", "unlink", "create", "link", "replace", "truncate"):
         assert answers[f"{name} 0"], f"no {name} went well: {answers}"
-    wait_until(lambda: tree_of(dirs[0]) == tree_of(dirs[1]) == tree_of(dirs[2]), "one tree", 10)
+    wait_until(lambda: tree_of(dirs[0]) == tree_of(dirs[1]) == tree_of(dirs[2]), "one tree")
     for node in lab.nodes:
-        wait_until(partial(_is_whole, node), "every inode to have a name", 10)
+        wait_until(partial(_is_whole, node), "every inode to have a name")
