@@ -99,6 +99,35 @@ async def test_what_another_node_changes_is_forgotten_here(
         assert mine.is_current == (change not in (unlink, replace))
 
 
+async def test_who_has_a_file_open_sees_its_mode_and_link_count_as_they_are(tmp_path: Path) -> None:
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        older = await one.look_up(b"f")
+        older.handles = 1
+        await commit(two)
+        inode = await one.look_up(b"f")
+        inode.handles = 1
+        assert inode is not older
+        for change, forgotten in [
+            (change_mode, {older.id, inode.id}),
+            (commit, {older.id}),  # and a new kernel inode shows the latest
+            (unlink, {older.id, inode.id}),
+        ]:
+            one.notifier.attributes.clear()
+            await change(two)
+            await one.feed.fresh()
+            assert set(one.notifier.attributes) - {ROOT_KERNEL_ID} == forgotten
+        assert older.record.mode == inode.record.mode
+        one.notifier.acknowledge_all()
+        await one.make_file(b"f")
+        inode = await one.look_up(b"f")
+        inode.handles = 1
+        one.notifier.attributes.clear()
+        await unlink(one)
+        assert inode.id not in one.notifier.attributes, "the kernel has counted itself"
+
+
 async def test_a_directorys_new_times_are_asked_for_again(tmp_path: Path) -> None:
     async with cluster_of(2, tmp_path) as cluster:
         one, two = cluster.nodes

@@ -184,6 +184,28 @@ def test_known_names_and_attributes_follow_within_an_event(dirs: Dirs) -> None:
     assert sorted(os.listdir(there)) == ["below", "link"]
 
 
+def test_the_mode_and_the_link_count_of_an_open_file_follow_within_an_event(dirs: Dirs) -> None:
+    here, there = dirs[0], dirs[1]
+    (here / "file").write_bytes(b"first")
+    with (there / "file").open("rb") as older:
+        assert os.fstat(older.fileno()).st_nlink == 1
+        (here / "file").write_bytes(b"second")
+        with (there / "file").open("rb") as newer:
+
+            def shown() -> list[tuple[int, int]]:
+                found = [os.fstat(file.fileno()) for file in (older, newer)]
+                return [(status.st_mode & 0o777, status.st_nlink) for status in found]
+
+            shown()
+            os.link(here / "file", here / "link")
+            os.chmod(here / "file", 0o600)
+            wait_until(lambda: shown() == [(0o600, 2)] * 2, "the mode and the link count")
+            (here / "file").unlink()
+            (here / "link").unlink()
+            wait_until(lambda: shown() == [(0o600, 0)] * 2, "the removal")
+            assert (older.read(), newer.read()) == (b"first", b"second")
+
+
 # ---------------------------------------------------------------- G3
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterable, Mapping
 
+from modelfs.attributes import AttributeChange, changed_attributes
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
 from modelfs.mirror import Change, DirectoryTouched, InodeChanged, Mirror, Name, NameChanged
@@ -111,14 +112,14 @@ class KernelCache:
                 self._notifier.forget_attributes(inode.id)
 
     def _on_inode(self, change: InodeChanged) -> None:
-        self._on_older_directory(change)
+        self._on_older(change)
         inode = self.inodes.current(change.ino)
         if inode is None:
             return
         if change.new is None and self._mirror.is_unreadable(change.ino):
             self._hide(inode)
         elif change.new is None:
-            self.inodes.retire(inode)
+            self._on_removal(inode, change)
         elif self._namespace.is_own(change.origin) and not self._is_foreign_commit(inode, change):
             inode.record = change.new
         elif change.new.is_file and self._is_new_view(inode, change.new):
@@ -136,13 +137,26 @@ class KernelCache:
             self._forget_name(parent, name, inode.ino)
         self._notifier.forget_attributes(inode.id)
 
-    def _on_older_directory(self, change: InodeChanged) -> None:
-        """The older kernel inodes of a directory show it as it is now, unlike those of a file."""
-        if change.new is None or not change.new.is_directory:
-            return
+    def _on_removal(self, inode: KernelInode, change: InodeChanged) -> None:
+        """The last name is gone: who has it open sees that in the link count."""
+        self.inodes.retire(inode)
+        if inode.handles and not self._namespace.is_own(change.origin):
+            self._notifier.forget_attributes(inode.id)
+
+    def _on_older(self, change: InodeChanged) -> None:
+        """The older kernel inodes of a file keep its contents, but mode and link count are as now.
+
+        Those of a directory show all of it as it is now. Also after a change by this node's kernel,
+        which knows of it for one kernel inode only.
+        """
         for inode in self.inodes.all_of(change.ino):
-            if not inode.is_current:
+            if inode.is_current:
+                continue
+            if change.new is not None and change.new.is_directory:
                 inode.record = change.new
+            elif change.new is None and change.old is not None:
+                inode.record = _owned_as(inode.record, change.old)
+            if inode.handles or inode.record.is_directory:
                 self._notifier.forget_attributes(inode.id)
 
     @staticmethod
@@ -212,3 +226,9 @@ class KernelCache:
             seen.add(ino)
             above.extend(parent for parent, _ in self._mirror.names.get(ino, ()))
         return False
+
+
+def _owned_as(view: Inode, last: Inode) -> Inode:
+    """An older view of an inode that is gone, with the mode and the owner that it had at last."""
+    change = AttributeChange(stat.S_IMODE(last.mode), last.uid, last.gid)
+    return changed_attributes(view, change, last.ctime_ns)
