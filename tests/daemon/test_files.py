@@ -145,7 +145,7 @@ async def test_a_create_waits_for_no_other_open_that_waits_for_a_lease(
             root = one.inodes[1]
             with pytest.raises(StaleHandle):  # it is there: the kernel is sent to look again
                 await files.create(root, b"f", mode, os.O_WRONLY, second, no_groups)
-            files.note_lookup(second, (root.id, b"f"), None)  # and finds it gone, for a moment
+            files.looks.note(second, (root.id, b"f"), None)  # and finds it gone, for a moment
             with pytest.raises(WriterElsewhere):
                 await files.create(root, b"f", mode, os.O_WRONLY, second, no_groups)
             assert trio.current_time() == begun
@@ -162,7 +162,7 @@ async def test_a_create_of_a_name_that_comes_and_goes_is_sent_to_look_again_once
         files, root, mode = files_of(one), one.inodes[1], stat.S_IFREG | 0o644
         with pytest.raises(StaleHandle):
             await files.create(root, b"f", mode, os.O_WRONLY, CALLER, no_groups)
-        files.note_lookup(CALLER, (root.id, b"f"), None)
+        files.looks.note(CALLER, (root.id, b"f"), None)
         lookup, gone = Tree.lookup, [True, True]
 
         async def comes_and_goes(self: Tree, directory: KernelInode, name: bytes) -> KernelInode:
@@ -194,6 +194,6 @@ async def test_a_truncation_by_a_name_that_went_elsewhere_is_sent_to_look_again(
         with pytest.raises(StaleHandle):
             await files.truncate(inode, 0, None, None, CALLER)
         assert await two.read_file(b"old") == b"data"
-        files.note_lookup(CALLER, (KernelId(1), b"old"), inode)  # it was old that was meant
+        files.looks.note(CALLER, (KernelId(1), b"old"), inode)  # it was old that was meant
         await files.truncate(inode, 0, None, None, CALLER)
         assert await two.read_file(b"old") == b""

@@ -15,10 +15,12 @@ import pytest
 from tests.mount.mount_parts import (
     MIB,
     Dirs,
+    finish_child,
     forget_pages,
     in_child,
     pattern,
     refused,
+    start_child,
     version_in,
     wait_until,
 )
@@ -97,6 +99,43 @@ def test_a_directory_that_moved_never_gives_the_wrong_file(dirs: Dirs) -> None:
         os.rename(here / "current", here / f"old-{version}")
         os.rename(here / "next", here / "current")
         assert version_in((there / "current" / "file").read_bytes()) == version
+
+
+def test_a_path_through_a_replaced_directory_or_symlink_leads_to_what_is_there(
+    dirs: Dirs,
+) -> None:
+    """Also where this node's kernel is slow to act on it, as others change the directory above."""
+    here, there = dirs[0], dirs[1]
+    source = """
+for number in range(10**9):
+    if os.path.exists(f'{top}/stop'):
+        break
+    os.mkdir(f'{top}/{name}-{number}')
+    os.rmdir(f'{top}/{name}-{number}')
+"""
+    others = [start_child(source, top=there, name=name) for name in "abc"]
+    for number in range(24):
+        (here / "new").mkdir()
+        (here / f"new/{number}").write_bytes(b"%d" % number)
+        (here / "new/same").write_bytes(b"%d" % number)
+        if number:
+            os.rename(here / "d", here / f"old-{number}")
+        os.rename(here / "new", here / "d")
+        if number % 2:
+            assert (there / f"d/{number}").read_bytes() == b"%d" % number
+        else:
+            assert sorted(os.listdir(there / "d")) == [f"{number}", "same"]
+        os.rename(here / "d", here / f"v{number}")
+        (here / "d").mkdir()
+        os.symlink(f"v{number}", here / "link")
+        os.rename(here / "link", here / "latest")
+        name = f"{number}" if number % 2 else "same"
+        assert (there / "latest" / name).read_bytes() == b"%d" % number
+        with refused(errno.ENOENT):
+            os.stat(there / "latest/missing")
+    (there / "stop").touch()
+    for other in others:
+        assert finish_child(other).errno == 0
 
 
 def test_a_listing_opened_before_a_rename_does_not_bring_old_names_back(dirs: Dirs) -> None:

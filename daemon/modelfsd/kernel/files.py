@@ -40,9 +40,9 @@ from modelfs.errors import (
 )
 from modelfsd.kernel.kernel_cache import KernelCache
 from modelfsd.kernel.kernel_inodes import KernelInode
+from modelfsd.kernel.looks import Looks
 from modelfsd.kernel.pusher import Pusher
 from modelfsd.kernel.readahead import Readahead
-from modelfsd.kernel.sent_back import Entry, SentBack
 from modelfsd.kernel.tree import Caller, NewInode, Tree
 from modelfsd.metadata.namespace import Namespace
 from modelfsd.storage.contents import Contents
@@ -94,7 +94,8 @@ class Files:
         self._readahead = Readahead(contents, pusher)
         self._handles: dict[int, Handle] = {}
         self._last_handle = 0
-        self._sent_opens, self._sent_links, self._sent_truncates = (SentBack() for _ in range(3))
+        self.looks = Looks(cache, tree)
+        self._sent_opens, self._sent_truncates = self.looks.opens, self.looks.truncates
         self.uses = FileUses()
 
     def __len__(self) -> int:
@@ -180,25 +181,6 @@ class Files:
                 raise
             # The kernel has used up its second look, and what is there now goes anyhow.
             await session.start_over_now(wait_seconds)
-
-    def look_again_once(self, inode: KernelInode, caller: Caller) -> None:
-        """For link, chmod and the like: send the kernel back from what is superseded, once.
-
-        The name meant that file after the call began, and if it has gone since, that is ENOENT.
-        """
-        is_back = self._sent_links.is_back_on_the_way(caller, inode)
-        if not inode.is_current and not is_back:
-            self._sent_links.send(caller)
-
-    def note_lookup(self, caller: Caller, entry: Entry, inode: KernelInode | None) -> bool:
-        """A lookup was answered (None: in vain): remember it for who was sent to look again.
-
-        Returns whether the kernel may remember it.
-        """
-        may_remember = True
-        for calls in (self._sent_opens, self._sent_links, self._sent_truncates):
-            may_remember &= calls.note_lookup(caller, entry, inode)
-        return may_remember
 
     def _new_handle(self, inode: KernelInode, session: WriteSession | None, flags: int = 0) -> int:
         self._last_handle += 1
@@ -378,7 +360,7 @@ class Files:
                 # The kernel sends the times of what was just unlinked or replaced. No call waits
                 # for the answer: the next syncfs(2), of anybody, would get the error.
                 return
-            self.look_again_once(inode, caller)
+            self.looks.look_again_once(inode, caller)
         if self._namespace.mirror.inode(inode.ino) is None:
             # Unlinked: nobody can see its attributes but through the handles of this node.
             inode.record = changed_attributes(inode.record, change, time.time_ns())

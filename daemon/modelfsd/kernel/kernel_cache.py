@@ -19,6 +19,8 @@ from modelfsd.kernel.kernel_inodes import KernelInode, KernelInodes
 from modelfsd.kernel.notifier import NameGuard, Notifier
 from modelfsd.metadata.namespace import Namespace
 
+SYMLINKS = InodeNumber(-1)  # in the guard: all symlinks that this node's kernel knows
+
 
 class KernelCache:
     """The listener between the feed and the kernel."""
@@ -199,22 +201,35 @@ class KernelCache:
                 self._notifier.forget_attributes(inode.id)
 
     def _forget_name(self, parent: InodeNumber, name: bytes, old: InodeNumber) -> None:
+        is_symlink = any(stat.S_ISLNK(inode.record.mode) for inode in self.inodes.all_of(old))
+        guarded = (old, SYMLINKS) if is_symlink else (old,)
+
+        def lower() -> None:
+            for ino in guarded:
+                self.guard.lower_for(ino, (parent, name))
+
         # A directory that the kernel does not know has no name that it knows.
         for directory in self.inodes.all_of(parent):
-            self.guard.raise_for(old, (parent, name))
-            self._notifier.forget_name(
-                directory.id, name, lambda: self.guard.lower_for(old, (parent, name))
-            )
+            for ino in guarded:
+                self.guard.raise_for(ino, (parent, name))
+            self._notifier.forget_name(directory.id, name, lower)
 
     def must_look_again(self, inode: KernelInode, truncates: bool = False) -> bool:
         """Whether an OPEN may have come here along a name that means something else by now.
 
         `truncates`: it has O_TRUNC, or is a truncate(2), and waited for others of its kind.
         """
-        if not inode.is_current:
-            return True
+        return not inode.is_current or self.is_way_doubtful(inode, truncates)
+
+    def is_way_doubtful(self, inode: KernelInode, truncates: bool = False) -> bool:
+        """Whether a call may have come to this inode along a name that means something else by now.
+
+        Through a symlink a call may have come to anything.
+        """
         if not self.guard.is_raised(truncates):
             return False
+        if self.guard.covers(SYMLINKS):
+            return True
         seen: set[InodeNumber] = set()
         above = [inode.ino]
         while above:

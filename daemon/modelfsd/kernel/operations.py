@@ -21,7 +21,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 
 from modelfs import xattrs
 from modelfs.attributes import AttributeChange, storable
-from modelfs.errors import ModelfsError, NameTooLong, NoSuchEntry
+from modelfs.errors import ModelfsError, NameTooLong
 from modelfs.inode import Inode
 from modelfs.limits import NAME_BYTES_MAX, SYMLINK_BYTES_MAX
 from modelfs.mirror import Mirror
@@ -183,14 +183,9 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         directory = self._inodes[parent_inode]
-        entry, caller = (directory.id, name), _caller(ctx)
-        try:
-            found = await self._tree.lookup(directory, name)
-        except NoSuchEntry:
-            self._files.note_lookup(caller, entry, None)
-            raise
+        found, may_remember = await self._files.looks.lookup(directory, name, _caller(ctx))
         attributes = self._attributes(found)
-        if not self._files.note_lookup(caller, entry, found):
+        if not may_remember:
             attributes.entry_timeout = 0
         return attributes
 
@@ -235,7 +230,7 @@ class Operations(pyfuse3.Operations):
         self, inode: InodeT, new_parent_inode: InodeT, new_name: bytes, ctx: RequestContext
     ) -> EntryAttributes:
         target = self._inodes[inode]
-        self._files.look_again_once(target, _caller(ctx))
+        self._files.looks.look_again_once(target, _caller(ctx))
         directory = self._inodes[new_parent_inode]
         return self._attributes(await self._tree.link(target, directory, new_name))
 
@@ -268,7 +263,7 @@ class Operations(pyfuse3.Operations):
     @answers
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> int:
         directory = self._inodes[inode]
-        await self._tree.open_directory(directory)
+        await self._files.looks.open_directory(directory, _caller(ctx))
         self._last_listing += 1
         self._listings[self._last_listing] = Listing(directory)
         return self._last_listing
@@ -387,5 +382,5 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.ENOSYS)
         target = self._inodes[inode]
         if not target.handles:
-            self._files.look_again_once(target, _caller(ctx))
+            self._files.looks.look_again_once(target, _caller(ctx))
         await self._tree.set_xattr(target, name, value)

@@ -35,7 +35,7 @@ class _Look:
     sent_from: KernelId | None
     shown: list[KernelId] = field(default_factory=list)
     missed: Entry | None = None  # the last name, if it was not there
-    is_doubtful: bool = False  # a name was missed, and there when it was looked up once more
+    is_doubtful: bool = False  # what is looked up from here on may be of a later call
 
 
 class SentBack:
@@ -53,10 +53,16 @@ class SentBack:
     def __init__(self) -> None:
         self._looks: OrderedDict[int, _Look] = OrderedDict()  # by pid
 
-    def send(self, caller: Caller, inode: KernelInode | None = None) -> NoReturn:
-        """Raise `StaleHandle`, for a call that came to this inode."""
+    def send(
+        self, caller: Caller, inode: KernelInode | None = None, is_doubtful: bool = False
+    ) -> NoReturn:
+        """Raise `StaleHandle`, for a call that came to this inode.
+
+        `is_doubtful`: the end of the call may never be seen.
+        """
         until = trio.current_time() + SENT_BACK_SECONDS
-        self._looks[caller.pid] = _Look(until, inode.id if inode else None)
+        sent_from = inode.id if inode else None
+        self._looks[caller.pid] = _Look(until, sent_from, is_doubtful=is_doubtful)
         while len(self._looks) > SENT_BACK_MAX:
             self._looks.popitem(last=False)
         raise StaleHandle(caller.pid)
@@ -83,6 +89,13 @@ class SentBack:
         look = self._looks.pop(caller.pid, None)
         return look if look is not None and trio.current_time() <= look.until else None
 
+    def is_looking(self, caller: Caller, entry: Entry) -> bool:
+        """Whether this lookup, which found nothing, may be of a call that was sent back."""
+        look = self._looks.get(caller.pid)
+        if look is None or trio.current_time() > look.until:
+            return False
+        return look.missed in (None, entry)
+
     def is_back(self, caller: Caller, inode: KernelInode) -> bool:
         """Whether this call was sent back and was shown this very inode last. Tells once.
 
@@ -92,6 +105,11 @@ class SentBack:
         if look is None or look.missed is not None:
             return False
         return (look.shown[-1] if look.shown else look.sent_from) == inode.id
+
+    def is_back_in(self, caller: Caller, directory: KernelInode) -> bool:
+        """The same for a directory, which is also come to by ".." and without a name."""
+        look = self._end(caller)
+        return look is not None and directory.id in (look.sent_from, *look.shown)
 
     def is_back_on_the_way(self, caller: Caller, inode: KernelInode) -> bool:
         """The same for a call that looks up another path after this inode, to a new name."""
