@@ -34,9 +34,9 @@ FRAME_HEADER_BYTES_MAX = 64 * KIB
 HAS_CHUNKS_MAX = 1024  # ids in one `has` request: 32 KiB, below the header bound
 BYTES_PER_SECOND_MIN = 256 * KIB  # of a payload: whoever is slower holds the other for nothing
 CONNECTIONS_PER_PEER = 4  # parallel requests to one peer; more than 4 gained nothing on loopback
-CONNECTIONS_MAX = 256  # that a server accepts
-UNPROVED_MAX = 128  # of these, while nobody has shown a certificate: the rest is for members
-UNPROVED_OF_ADDRESS_MAX = 32  # of these, from one address
+CONNECTIONS_MAX = 256  # with members, at one server; idle ones make room
+UNPROVED_MAX = 128  # besides these, while nobody has shown a certificate
+UNPROVED_OF_ADDRESS_MAX = 32  # of the latter, from one address
 
 # --- waiting
 PEER_SILENCE_SECONDS = 0.6  # a peer that sends nothing for so long is passed over (G7: 1 s in all)

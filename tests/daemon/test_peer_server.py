@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from modelfs import wire
-from modelfs.errors import UserError
+from modelfs.errors import PeerUnavailable, UserError
 from modelfs.limits import MIB
 from modelfs.ports import Holding
 from modelfsd.peers import session as peer_session
@@ -150,14 +150,34 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.expected_logs("connections are open")
-def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelfsd.peers.server.CONNECTIONS_MAX", 1)
+    monkeypatch.setattr("modelfsd.peers.server.SPARE_SECONDS", 0.0)
     with served() as peer, closing(peer.raw()) as first:
-        first.sendall(hello(node=CLIENT))
+        ping = wire.encode(1, wire.Ping())
+        first.sendall(hello(node=CLIENT) + ping[:-1])  # so it is not idle
         read_frames(first, 1)
-        with pytest.raises(OSError, match=r"reset|EOF|closed"):
-            peer.raw()
+        client = peer.client()
+        with pytest.raises(PeerUnavailable, match="1 connections are open, and in use"):
+            await client.ping(SERVER)
         assert peer.server.statistics().connections_refused == 1
+        first.sendall(ping[-1:])
+        assert read_frames(first, 1)[0].message == wire.Ok()
+        client.close()
+
+
+async def test_who_has_been_idle_for_longest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelfsd.peers.server.CONNECTIONS_MAX", 2)
+    monkeypatch.setattr("modelfsd.peers.server.SPARE_SECONDS", 0.0)
+    with served() as peer:
+        clients = [peer.client() for _ in range(4)]
+        for client in [*clients, *clients]:  # each has the connection of the one before the last
+            await client.ping(SERVER)
+            assert peer.server.statistics().connections_refused == 0
+        await trio.to_thread.run_sync(peer.wait_for_connections, 2)
+        assert [client.statistics()[SERVER].connects for client in clients] == [2] * 4
+        for client in clients:
+            client.close()
 
 
 # ---------------------------------------------------------------- start, stop, counters

@@ -1,8 +1,10 @@
 """Serves this node's chunks to its peers: plain threads over blocking sockets.
 
-One thread accepts, one pulses, and each connection has its own (`modelfsd.peers.session`), up to
-`limits.CONNECTIONS_MAX`; who has shown no certificate (yet) gets but a part of these, and each
-address a part of that, so that strangers do not crowd members out.
+One thread accepts, one pulses, and each connection has its own (`modelfsd.peers.session`). Who has
+proved to belong gets one of `limits.CONNECTIONS_MAX`, for which the one that has been idle for
+longest makes room: in a large cluster each node keeps a few to every other. Who has shown no
+certificate (yet) gets one of a few others, and each address a part of these, so that strangers do
+not crowd members out.
 Threads and not tasks, since all that they do is to wait in system calls
 that move megabytes without the GIL; each carries the peer's address as its name.
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 PULSE_INTERVAL_SECONDS = 0.2  # well below limits.PEER_SILENCE_SECONDS
 COMPLAINT_SECONDS = 10.0
 COMPLAINERS_MAX = 256  # addresses whose last log line is remembered
+SPARE_SECONDS = 0.1  # a client that has just connected sends its request within that
 STOP_SECONDS = 5.0  # a thread that is stuck in the disk longer is left behind
 ACCEPT_BACKLOG = 128
 
@@ -179,7 +182,7 @@ class PeerServer:
             connection.close()
             self._complain(host, f"refused {address}: {obstacle}")
             return
-        session = PeerSession(self._service, connection, host, address)
+        session = PeerSession(self._service, connection, host, address, self._settle)
         thread = threading.Thread(
             target=self._run, args=(session, host), name=f"peer-{address}", daemon=True
         )
@@ -198,13 +201,24 @@ class PeerServer:
     def _obstacle(self, host: str) -> str:
         """Why there is no room for a connection from `host`; empty if there is. Locked."""
         unproved = [session for session in self._sessions if session.peer is None]
-        if len(self._sessions) >= CONNECTIONS_MAX:
-            return f"{CONNECTIONS_MAX} connections are open"
         if len(unproved) >= UNPROVED_MAX:
             return f"{UNPROVED_MAX} connections without a certificate are open"
         if sum(session.host == host for session in unproved) >= UNPROVED_OF_ADDRESS_MAX:
             return f"{UNPROVED_OF_ADDRESS_MAX} connections without a certificate are open from it"
         return ""
+
+    def _settle(self, session: PeerSession) -> str:
+        """Why there is no room for who has just proved to belong; empty if it was made."""
+        with self._lock:
+            proved = [
+                other
+                for other in self._sessions
+                if other is not session and other.peer is not None and not other.is_leaving
+            ]
+            if len(proved) < CONNECTIONS_MAX or _end_one_that_idles(proved):
+                return ""
+            self._connections_refused += 1
+            return f"{CONNECTIONS_MAX} connections are open, and in use"
 
     def _run(self, session: PeerSession, host: str) -> None:
         try:
@@ -244,3 +258,14 @@ class PeerServer:
             if len(self._complaints) > COMPLAINERS_MAX:
                 del self._complaints[next(iter(self._complaints))]
         log.warning("%s", text)
+
+
+def _end_one_that_idles(sessions: Collection[PeerSession]) -> bool:
+    """End the connection that has been idle for longest; False if all are in use."""
+    idle_before = time.monotonic() - SPARE_SECONDS
+    idle = [(since, session) for session in sessions if (since := session.idle_since) is not None]
+    since, longest = min(idle, key=lambda item: item[0], default=(idle_before, None))
+    if longest is None or since >= idle_before:
+        return False
+    longest.make_room()
+    return True

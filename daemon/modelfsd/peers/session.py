@@ -100,12 +100,20 @@ class PeerSession:
     """Serves one connection on a thread of its own."""
 
     def __init__(
-        self, service: PeerService, connection: socket.socket, host: str, address: str
+        self,
+        service: PeerService,
+        connection: socket.socket,
+        host: str,
+        address: str,
+        settle: Callable[[PeerSession], str],
     ) -> None:
+        """`settle` makes room for one that has proved to belong, or says why there is none."""
         self.host, self.address = host, address  # the latter with its port
         self.channel = SecureChannel(connection, WAIT_SECONDS, service.tls.server, True)
         self.peer: NodeId | None = None  # who has proved to be at the other end
-        self._service = service
+        self.idle_since: float | None = None  # since when a member has asked for nothing
+        self.is_leaving = False
+        self._service, self._settle = service, settle
         self._is_member = False
         self._deadline = time.monotonic() + HELLO_SECONDS
         self._frame_begun = False
@@ -120,12 +128,14 @@ class PeerSession:
             self._frame_begun = False
             idle_seconds = IDLE_SECONDS if self._is_member else STRANGER_SECONDS
             self._deadline = time.monotonic() + idle_seconds
+            self.idle_since = time.monotonic() if self._is_member else None
             try:
                 frame = self.channel.next_frame(self._check_incoming)
             except TimeoutError:
                 if self._is_member and not self._frame_begun:
                     return  # a spare connection that nobody needed for long
                 raise
+            self.idle_since = None
             if frame is None:
                 return
             kind = type(frame.message).__name__.lower()
@@ -138,6 +148,11 @@ class PeerSession:
                 self._reply(frame.request, self._failure(FailureKind.REFUSED, text))
                 return
             self._serve(frame)
+
+    def make_room(self) -> None:
+        """End a connection that is idle. Its client has another one if it asks again."""
+        self.is_leaving = True
+        self.channel.shut_down()
 
     def pulse(self, now: float) -> None:
         """Tell the client that its request is being worked on. For the server's pulse thread."""
@@ -177,6 +192,8 @@ class PeerSession:
         elif self.peer in service.tls.refused:
             text = f"node {self.peer} was removed from the cluster"
             refusal = self._failure(FailureKind.REFUSED, text)
+        elif self.peer is not None and (obstacle := self._settle(self)):
+            refusal = self._failure(FailureKind.UNAVAILABLE, obstacle)
         self._is_member = self.peer is not None and bool(theirs.cluster)
         plain = theirs.plain and self._is_member and not service.tls.data_tls
         hello = wire.Hello(
@@ -327,7 +344,7 @@ class PeerSession:
     def _check_incoming(self) -> None:
         """Idleness is allowed between frames only: from its first byte on, a frame has to come."""
         if not self._frame_begun and not self.channel.reader.is_between_frames:
-            self._frame_begun = True
+            self._frame_begun, self.idle_since = True, None
             self._allow(0)
         self._check()
 
