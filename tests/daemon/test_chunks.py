@@ -9,12 +9,13 @@ import pytest
 import trio
 import trio.testing
 
+from modelfs import keys
 from modelfs.chunk import ChunkRef, describe
 from modelfs.errors import ChunkUnavailable
-from modelfs.ids import NodeId
+from modelfs.ids import ChunkId, NodeId
 from modelfs.limits import PEER_PATIENCE_SECONDS, PEER_SILENCE_SECONDS
 from modelfs.manifest import PlacedChunk
-from modelfs.ports import Holding
+from modelfs.ports import Holding, Put, Txn
 from tests.daemon.node_parts import Cluster, cluster_of
 
 DAMAGE = "fails its checksum; reading another replica"
@@ -165,3 +166,27 @@ async def test_the_error_says_who_was_asked_and_why_it_did_not_help(
             )
         assert "b: connection refused" in str(failed.value)
         assert "c: does not have it" in str(failed.value)
+
+
+async def test_a_node_that_was_removed_is_not_asked_for_what_it_once_had(
+    tmp_path: Path, rng: Random
+) -> None:
+    async with cluster_of(3, tmp_path) as cluster:
+        reader, removed = cluster.nodes[0], cluster.ids[2]
+        placed = on(cluster, rng.randbytes(1000), [removed])
+        noted: list[ChunkId] = []
+        reader.chunks.on_unavailable = noted.append
+        cluster.die(removed)
+        await reader.feed.reached(cluster.etcd.revision)
+        with pytest.raises(ChunkUnavailable):
+            await reader.chunks.read(placed, 2, 0, 1000)
+        assert not noted, "it may come back"
+        latest = reader.mirror.latest_map
+        assert latest is not None
+        smaller = latest.without_member(removed)
+        ops = (Put(keys.placement_map(smaller.epoch), smaller.encode()),)
+        await reader.feed.reached((await cluster.etcd.commit(Txn((), ops))).revision)
+        assert reader.chunks.sources(placed, 2) == [cluster.ids[1]]
+        with pytest.raises(ChunkUnavailable):
+            await reader.chunks.read(placed, 2, 0, 1000)
+        assert noted == [placed.ref.id]

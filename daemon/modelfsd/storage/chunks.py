@@ -112,8 +112,15 @@ class Chunks:
         rest = [node for node in order[replicas:] if node != self.node_id]
         known = {*order, self.node_id}
         newer = [node for node in self.mirror.nodes if node not in known]
-        everyone = [*holders, *rest, *newer]
+        everyone = [node for node in (*holders, *rest, *newer) if not self._has_left(node)]
         return sorted(everyone, key=lambda node: not self.is_up(node))  # stable: the dead last
+
+    def _has_left(self, node: NodeId) -> bool:
+        """Whether an old map has a node that was removed from the cluster."""
+        latest = self.mirror.latest_map
+        if node in self.mirror.nodes or latest is None:
+            return False
+        return latest.member(node) is None
 
     def _order_of(self, placed: PlacedChunk, replicas: int) -> tuple[NodeId, ...]:
         """Who may have a chunk by its map, the replicas first. Remembered for a while."""
