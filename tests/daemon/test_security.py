@@ -9,23 +9,27 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
 from cryptography import x509
 
 from modelfs import keys
+from modelfs.errors import PeerUnavailable
 from modelfs.ids import NodeId, Revision
 from modelfs.mirror import Mirror, SecurityChanged
-from modelfs.ports import Event
+from modelfs.ports import Event, Txn
 from modelfsd.commands.status import judge_keys
 from modelfsd.trust import identity as identities
+from modelfsd.trust import pki
 from modelfsd.trust.keyring import KeyRing
-from modelfsd.trust.pki import Party
+from modelfsd.trust.pki import Authority, Party
+from modelfsd.trust.rotation import Trust
 from modelfsd.trust.security import Removed, Security
 from modelfsd.trust.tls import Tls
 from tests.daemon.peer_parts import CLIENT, SERVER, Served, served
-from tests.pki_parts import CLUSTER, key_ring, tls_of
+from tests.pki_parts import CLUSTER, authority, key_ring, tls_of
 
 DAY = 86400.0
 
@@ -35,6 +39,9 @@ class Store:
 
     def __init__(self) -> None:
         self.renewals = 0
+
+    async def commit(self, txn: Txn) -> None:
+        await trio.lowlevel.checkpoint()
 
     def set_credentials(self, credentials: object) -> None:
         self.renewals += 1
@@ -75,6 +82,36 @@ async def test_a_certificate_is_renewed_while_the_node_serves(tmp_path: Path) ->
         assert client.statistics()[SERVER].connects == 1, "open connections go on"
         await driver._follow()
         assert store.renewals == 1
+        client.close()
+
+
+def trusting(revision: int, *authorities: Authority) -> list[Event]:
+    """The decision to trust these, the last of which signs."""
+    ders = [pki.to_der(each.certificate) for each in authorities]
+    record = msgspec.msgpack.encode(Trust(revision, ders, len(ders) - 1, SERVER))
+    return [Event(keys.TRUST, record, Revision(revision), Revision(revision))]
+
+
+@pytest.mark.expected_logs("is refused|closed the connection")
+async def test_who_was_let_in_by_an_authority_that_is_trusted_no_more_is_out(
+    tmp_path: Path,
+) -> None:
+    ring, mirror = key_ring(SERVER, directory=tmp_path), Mirror()
+    tls, old = Tls(ring, Party(CLUSTER, SERVER)), authority()
+    with served(tls=tls) as peer:
+        driver = security(peer, tls, mirror, tmp_path, Store())
+        client = peer.client()
+        await client.ping(SERVER)
+        new = ring.make_next(CLUSTER, time.time())
+        mirror.apply(trusting(5, old, new))
+        await driver._follow()
+        await client.ping(SERVER)
+        assert client.statistics()[SERVER].connects == 1, "both are trusted"
+        mirror.apply(trusting(6, new))
+        await driver._follow()
+        with pytest.raises(PeerUnavailable, match=r"refused|ended|TLS failed"):
+            await client.ping(SERVER)
+        await trio.to_thread.run_sync(peer.wait_for_connections, 0)
         client.close()
 
 

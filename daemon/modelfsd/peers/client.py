@@ -117,6 +117,11 @@ class PeerClient:
         for node in list(self._peers):
             self.forget(node)
 
+    def drop_idle(self) -> None:
+        """Use none of the connections again that are open now and not in use."""
+        for peer in self._peers.values():
+            peer.link.drop_idle()
+
     def latency(self, node: NodeId) -> float:
         """A moving average of how long fetches took, in seconds; 0.0 if none was made."""
         peer = self._peers.get(node)

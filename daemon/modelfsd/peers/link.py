@@ -58,6 +58,7 @@ class Connection:
 
     channel: SecureChannel
     hello: wire.Hello
+    generation: int  # of `Tls`, when it was made
     requests: int = 0  # the id of the last request
     in_step: bool = True  # False from a request's first byte to its reply's last
 
@@ -99,7 +100,7 @@ class Link:
         except OSError:
             self.fail()
             raise
-        context = self._tls.client
+        generation, context = self._tls.generation, self._tls.client
         channel = SecureChannel(connection, WAIT_SECONDS, context, False, self._hear)
         with self._lock:
             self.connects += 1
@@ -108,7 +109,7 @@ class Link:
                 channel.shut_down()
         try:
             plain = is_bulk and not self._tls.data_tls
-            return Connection(channel, self._greet(channel, check(channel), plain))
+            return Connection(channel, self._greet(channel, check(channel), plain), generation)
         except BaseException:
             self.drop(channel)
             raise
@@ -117,7 +118,7 @@ class Link:
         """Keep a connection for the next request."""
         with self._lock:
             self._in_use.discard(connection.channel)
-            if not self._is_closed:
+            if not self._is_closed and connection.generation == self._tls.generation:
                 self._idle[connection.channel.is_plain].append(connection)
                 return
         self.drop(connection.channel)

@@ -134,6 +134,14 @@ class PeerServer:
         for session in sessions:
             session.channel.shut_down()
 
+    def end_earlier_generations(self) -> None:
+        """End the connections that were made when another authority was trusted too."""
+        with self._lock:
+            now = self._service.tls.generation
+            sessions = [session for session in self._sessions if session.generation != now]
+        for session in sessions:
+            session.leave()
+
     def statistics(self) -> PeerServerStatistics:
         """A snapshot of the counters."""
         service = self._service
@@ -267,5 +275,5 @@ def _end_one_that_idles(sessions: Collection[PeerSession]) -> bool:
     since, longest = min(idle, key=lambda item: item[0], default=(idle_before, None))
     if longest is None or since >= idle_before:
         return False
-    longest.make_room()
+    longest.leave()
     return True

@@ -109,9 +109,10 @@ class PeerSession:
     ) -> None:
         """`settle` makes room for one that has proved to belong, or says why there is none."""
         self.host, self.address = host, address  # the latter with its port
+        self.generation = service.tls.generation
         self.channel = SecureChannel(connection, WAIT_SECONDS, service.tls.server, True)
         self.peer: NodeId | None = None  # who has proved to be at the other end
-        self.idle_since: float | None = None  # since when a member has asked for nothing
+        self.idle_since: float | None = None  # since when one with proof has asked for nothing
         self.is_leaving = False
         self._service, self._settle = service, settle
         self._is_member = False
@@ -128,7 +129,9 @@ class PeerSession:
             self._frame_begun = False
             idle_seconds = IDLE_SECONDS if self._is_member else STRANGER_SECONDS
             self._deadline = time.monotonic() + idle_seconds
-            self.idle_since = time.monotonic() if self._is_member else None
+            self.idle_since = time.monotonic() if self.peer is not None else None
+            if self.is_leaving or self.generation != self._service.tls.generation:
+                return
             try:
                 frame = self.channel.next_frame(self._check_incoming)
             except TimeoutError:
@@ -149,10 +152,11 @@ class PeerSession:
                 return
             self._serve(frame)
 
-    def make_room(self) -> None:
-        """End a connection that is idle. Its client has another one if it asks again."""
+    def leave(self) -> None:
+        """End with the request in hand, or now. The client has another one if it asks again."""
         self.is_leaving = True
-        self.channel.shut_down()
+        if self.idle_since is not None:
+            self.channel.shut_down()
 
     def pulse(self, now: float) -> None:
         """Tell the client that its request is being worked on. For the server's pulse thread."""

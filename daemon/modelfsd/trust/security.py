@@ -7,7 +7,8 @@ handshake, and the members of etcd restart in turn, which ends the connections t
 (`etcd.restart`).
 
 Our own certificate is renewed with the authority's key well before it expires; new connections use
-it from then on, and nothing restarts. A change of the authority is `rotation`.
+it from then on, and nothing restarts. A change of the authority is `rotation`; when the old one is
+trusted no more, the peers' connections end too.
 """
 
 from __future__ import annotations
@@ -189,7 +190,11 @@ class Security:
 
     def _use_new_files(self) -> None:
         """Make new connections with what the files hold now."""
+        generation = self._tls.generation
         self._tls.reload()
+        if self._tls.generation != generation:
+            self._server.end_earlier_generations()
+            self._peers.drop_idle()
         if self._is_etcd_ours:
             self._store.set_credentials(EtcdTls(self._keys).credentials())
         if self._member is not None:

@@ -9,7 +9,8 @@ No tickets and no resumption: each connection proves itself, and after the hands
 nothing more to send by itself, so a connection can be taken out of TLS cleanly (`secure_channel`).
 
 `Tls` is shared by threads. Contexts and the set of refused nodes are replaced as a whole, never
-changed; connections that are open keep what they were made with.
+changed; connections that are open keep what they were made with. But each time that an authority is
+trusted no more a new *generation* begins, and connections of those before carry no further request.
 """
 
 from __future__ import annotations
@@ -39,12 +40,18 @@ class Tls:
         """`data_tls`: whether chunks are encrypted on their way too, as the cluster has it."""
         self.keys, self.party, self.data_tls = keys, party, data_tls
         self._refused: frozenset[NodeId] = frozenset()
+        self._trusted: frozenset[pki.Certificate] = frozenset()
+        self.generation = 0
         self.reload()
 
     def reload(self) -> None:
         """Use what the files hold now, from the next connection on."""
         server, client = server_context(self.keys), client_context(self.keys)
         self.server, self.client = server, client
+        trusted = frozenset(self.keys.load_authority()[1])
+        if not self._trusted <= trusted:  # whoever has read the new number finds the new contexts
+            self.generation += 1
+        self._trusted = trusted
 
     @property
     def refused(self) -> frozenset[NodeId]:
