@@ -13,6 +13,7 @@ from modelfs.errors import PeerUnavailable, UserError
 from modelfs.limits import MIB
 from modelfs.ports import Holding
 from modelfsd.peers import session as peer_session
+from modelfsd.peers.client import PeerClient
 from tests.daemon.peer_parts import (
     CLIENT,
     GUARD_SECONDS,
@@ -153,13 +154,15 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 async def test_more_connections_than_allowed_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modelfsd.peers.server.CONNECTIONS_MAX", 1)
     monkeypatch.setattr("modelfsd.peers.server.SPARE_SECONDS", 0.0)
+    monkeypatch.setattr("modelfsd.peers.server.ROOM_SECONDS", 0.0)
+    monkeypatch.setattr("modelfsd.peers.link.BUSY_SECONDS", GUARD_SECONDS)
     with served() as peer, closing(peer.raw()) as first:
         ping = wire.encode(1, wire.Ping())
         first.sendall(hello(node=CLIENT) + ping[:-1])  # so it is not idle
         read_frames(first, 1)
         client = peer.client()
         with pytest.raises(PeerUnavailable, match="1 connections are open, and in use"):
-            await client.ping(SERVER)
+            await client.ping(SERVER, GUARD_SECONDS / 2)
         assert peer.server.statistics().connections_refused == 1
         first.sendall(ping[-1:])
         assert read_frames(first, 1)[0].message == wire.Ok()
@@ -176,6 +179,25 @@ async def test_who_has_been_idle_for_longest_makes_room(monkeypatch: pytest.Monk
             assert peer.server.statistics().connections_refused == 0
         await trio.to_thread.run_sync(peer.wait_for_connections, 2)
         assert [client.statistics()[SERVER].connects for client in clients] == [2] * 4
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.expected_logs("and in use")
+async def test_more_clients_than_places_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modelfsd.peers.server.CONNECTIONS_MAX", 2)
+    ref, table, data = make(MIB)
+    with served() as peer, trio.fail_after(GUARD_SECONDS):
+        peer.store.put(ref, table, data, Holding.OWNED)
+        clients = [peer.client() for _ in range(8)]
+
+        async def fetch_often(client: PeerClient) -> None:
+            for _ in range(20):
+                assert await client.fetch(SERVER, ref, 0, MIB, GUARD_SECONDS) == data
+
+        async with trio.open_nursery() as nursery:
+            for client in clients:
+                nursery.start_soon(fetch_often, client)
         for client in clients:
             client.close()
 

@@ -38,6 +38,7 @@ WAIT_SECONDS = 0.1  # how often a blocked call looks whether the peer still live
 LOOK_SECONDS_MAX = 2 * WAIT_SECONDS
 STALL_SECONDS = 60.0  # without a byte on its own connection a request ends, however lively the peer
 GREETING_SECONDS = 10.0  # for a handshake and a hello; a server gives a client 5
+BUSY_SECONDS = 0.3  # before a peer that has no room is asked again
 ANSWER_SECONDS = 120.0  # for a reply's header: twice `session.WORKING_SECONDS_MAX`
 PAYLOAD_SECONDS = 30.0  # besides its due at BYTES_PER_SECOND_MIN; what is under way counts too
 
@@ -46,6 +47,10 @@ T = TypeVar("T")
 
 class PeerSilent(TimeoutError):
     """No byte came from the peer on any connection for as long as the request would wait."""
+
+
+class PeerBusy(PeerUnavailable):
+    """All connections that the peer allows are in use."""
 
 
 class Abandoned(ConnectionAbortedError):
@@ -185,7 +190,8 @@ class Link:
             raise ConnectionResetError("it closed the connection instead of a greeting")
         theirs = frame.message
         if isinstance(theirs, wire.Failure):
-            raise PeerUnavailable(self.node, theirs.text)
+            is_busy = theirs.kind is wire.FailureKind.UNAVAILABLE
+            raise (PeerBusy if is_busy else PeerUnavailable)(self.node, theirs.text)
         if not isinstance(theirs, wire.Hello):
             raise ProtocolError(f"{type(theirs).__name__} instead of a greeting")
         wire.negotiate(theirs)
@@ -238,7 +244,7 @@ class Conversation(Generic[T]):
                     if self._is_abandoned or pooled.channel.bytes_in != heard_bytes:
                         raise
                     link.drop_idle()
-            return self._attempt(link.connect(self._watch, self._is_bulk))
+            return self._attempt(self._connect())
         except TlsFailed as error:
             raise PeerUnavailable(link.node, f"{error} ({link.host}:{link.port})") from error
         except ProtocolError as error:
@@ -248,6 +254,17 @@ class Conversation(Generic[T]):
                 link.fail()
             reason = error.strerror or str(error) or type(error).__name__
             raise PeerUnavailable(link.node, f"{reason} ({link.host}:{link.port})") from error
+
+    def _connect(self) -> Connection:
+        """A fresh connection. Where the peer has no room for it, it may have in a moment."""
+        give_up_at = time.monotonic() + self._patience
+        while True:
+            try:
+                return self.link.connect(self._watch, self._is_bulk)
+            except PeerBusy:
+                if self._is_abandoned or time.monotonic() + BUSY_SECONDS > give_up_at:
+                    raise
+                time.sleep(BUSY_SECONDS)
 
     def abandon(self) -> None:
         """End the conversation, from another thread. No effect after its end."""

@@ -2,9 +2,9 @@
 
 One thread accepts, one pulses, and each connection has its own (`modelfsd.peers.session`). Who has
 proved to belong gets one of `limits.CONNECTIONS_MAX`, for which the one that has been idle for
-longest makes room: in a large cluster each node keeps a few to every other. Who has shown no
-certificate (yet) gets one of a few others, and each address a part of these, so that strangers do
-not crowd members out.
+longest makes room: in a large cluster each node keeps a few to every other. Where none is idle,
+the next that has been served does, so all get their turns. Who has shown no certificate (yet) gets
+one of a few others, and each address a part of these, so that strangers do not crowd members out.
 Threads and not tasks, since all that they do is to wait in system calls
 that move megabytes without the GIL; each carries the peer's address as its name.
 
@@ -38,6 +38,7 @@ PULSE_INTERVAL_SECONDS = 0.2  # well below limits.PEER_SILENCE_SECONDS
 COMPLAINT_SECONDS = 10.0
 COMPLAINERS_MAX = 256  # addresses whose last log line is remembered
 SPARE_SECONDS = 0.1  # a client that has just connected sends its request within that
+ROOM_SECONDS = 0.3  # a newcomer waits for it; well below limits.PEER_SILENCE_SECONDS too
 STOP_SECONDS = 5.0  # a thread that is stuck in the disk longer is left behind
 ACCEPT_BACKLOG = 128
 
@@ -75,6 +76,8 @@ class PeerServer:
         self._listener: socket.socket | None = None
         self._stopping = threading.Event()
         self._lock = threading.Lock()
+        self._room = threading.Condition(self._lock)
+        self._newcomers = 0  # who wait for room
         self._sessions: dict[PeerSession, threading.Thread] = {}
         self._threads: list[threading.Thread] = []
         self._connections_total = self._connections_refused = 0
@@ -190,7 +193,9 @@ class PeerServer:
             connection.close()
             self._complain(host, f"refused {address}: {obstacle}")
             return
-        session = PeerSession(self._service, connection, host, address, self._settle)
+        session = PeerSession(
+            self._service, connection, host, address, self._settle, self._is_wanted
+        )
         thread = threading.Thread(
             target=self._run, args=(session, host), name=f"peer-{address}", daemon=True
         )
@@ -208,25 +213,39 @@ class PeerServer:
 
     def _obstacle(self, host: str) -> str:
         """Why there is no room for a connection from `host`; empty if there is. Locked."""
-        unproved = [session for session in self._sessions if session.peer is None]
+        unproved = [session for session in self._sessions if not session.has_place]
         if len(unproved) >= UNPROVED_MAX:
             return f"{UNPROVED_MAX} connections without a certificate are open"
         if sum(session.host == host for session in unproved) >= UNPROVED_OF_ADDRESS_MAX:
             return f"{UNPROVED_OF_ADDRESS_MAX} connections without a certificate are open from it"
         return ""
 
-    def _settle(self, session: PeerSession) -> str:
+    def _settle(self, newcomer: PeerSession) -> str:
         """Why there is no room for who has just proved to belong; empty if it was made."""
-        with self._lock:
-            proved = [
-                other
-                for other in self._sessions
-                if other is not session and other.peer is not None and not other.is_leaving
-            ]
-            if len(proved) < CONNECTIONS_MAX or _end_one_that_idles(proved):
-                return ""
+        with self._room:
+            self._newcomers += 1
+            try:
+                if self._room.wait_for(self._has_room, ROOM_SECONDS):
+                    newcomer.has_place = True
+                    return ""
+            finally:
+                self._newcomers -= 1
             self._connections_refused += 1
             return f"{CONNECTIONS_MAX} connections are open, and in use"
+
+    def _has_room(self) -> bool:
+        """Whether there is room, if need be that of one that idles. Locked."""
+        placed = [one for one in self._sessions if one.has_place and not one.is_leaving]
+        return len(placed) < CONNECTIONS_MAX or _end_one_that_idles(placed)
+
+    def _is_wanted(self, session: PeerSession) -> bool:
+        """Whether somebody waits for the place of one that has just been served."""
+        if not self._newcomers:
+            return False
+        with self._room:
+            session.is_leaving |= self._newcomers > 0
+            self._room.notify_all()
+        return session.is_leaving
 
     def _run(self, session: PeerSession, host: str) -> None:
         try:
@@ -240,6 +259,7 @@ class PeerServer:
         finally:
             with self._lock:
                 del self._sessions[session]
+                self._room.notify_all()
                 self._bytes_in += session.channel.bytes_in
                 self._bytes_out += session.channel.bytes_out
             session.channel.close()

@@ -106,15 +106,18 @@ class PeerSession:
         host: str,
         address: str,
         settle: Callable[[PeerSession], str],
+        is_wanted: Callable[[PeerSession], bool],
     ) -> None:
-        """`settle` makes room for one that has proved to belong, or says why there is none."""
+        """`settle` makes room for one that has proved to belong, or says why there is none;
+        `is_wanted` says whether somebody waits for the place of one that has been served.
+        """
         self.host, self.address = host, address  # the latter with its port
         self.generation = service.tls.generation
         self.channel = SecureChannel(connection, WAIT_SECONDS, service.tls.server, True)
         self.peer: NodeId | None = None  # who has proved to be at the other end
         self.idle_since: float | None = None  # since when one with proof has asked for nothing
-        self.is_leaving = False
-        self._service, self._settle = service, settle
+        self.has_place = self.is_leaving = False  # one of those for who has proved to belong
+        self._service, self._settle, self._is_wanted = service, settle, is_wanted
         self._is_member = False
         self._deadline = time.monotonic() + HELLO_SECONDS
         self._frame_begun = False
@@ -151,6 +154,8 @@ class PeerSession:
                 self._reply(frame.request, self._failure(FailureKind.REFUSED, text))
                 return
             self._serve(frame)
+            if self.peer is not None and self._is_wanted(self):
+                return
 
     def leave(self) -> None:
         """End with the request in hand, or now. The client has another one if it asks again."""
