@@ -20,7 +20,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 PULSE_INTERVAL_SECONDS = 0.2  # well below limits.PEER_SILENCE_SECONDS
 COMPLAINT_SECONDS = 10.0
 COMPLAINERS_MAX = 256  # addresses whose last log line is remembered
-SPARE_SECONDS = 0.1  # a client that has just connected sends its request within that
 ROOM_SECONDS = 0.3  # a newcomer waits for it; well below limits.PEER_SILENCE_SECONDS too
 STOP_SECONDS = 5.0  # a thread that is stuck in the disk longer is left behind
 ACCEPT_BACKLOG = 128
@@ -288,12 +287,16 @@ class PeerServer:
         log.warning("%s", text)
 
 
-def _end_one_that_idles(sessions: Collection[PeerSession]) -> bool:
-    """End the connection that has been idle for longest; False if all are in use."""
-    idle_before = time.monotonic() - SPARE_SECONDS
-    idle = [(since, session) for session in sessions if (since := session.idle_since) is not None]
-    since, longest = min(idle, key=lambda item: item[0], default=(idle_before, None))
-    if longest is None or since >= idle_before:
-        return False
-    longest.leave()
-    return True
+def _end_one_that_idles(sessions: Sequence[PeerSession]) -> bool:
+    """End the connection that has been idle for longest; False if all are in use.
+
+    None that has just been made: its client is about to ask, and would not expect to find it gone.
+    """
+    idle = [
+        (since, number)
+        for number, session in enumerate(sessions)
+        if session.was_served and (since := session.idle_since) is not None
+    ]
+    if idle:
+        sessions[min(idle)[1]].leave()
+    return bool(idle)

@@ -116,7 +116,8 @@ class PeerSession:
         self.channel = SecureChannel(connection, WAIT_SECONDS, service.tls.server, True)
         self.peer: NodeId | None = None  # who has proved to be at the other end
         self.idle_since: float | None = None  # since when one with proof has asked for nothing
-        self.has_place = self.is_leaving = False  # one of those for who has proved to belong
+        self.has_place = False  # one of those for who has proved to belong
+        self.was_served = self.is_leaving = False
         self._service, self._settle, self._is_wanted = service, settle, is_wanted
         self._is_member = False
         self._deadline = time.monotonic() + HELLO_SECONDS
@@ -154,6 +155,7 @@ class PeerSession:
                 self._reply(frame.request, self._failure(FailureKind.REFUSED, text))
                 return
             self._serve(frame)
+            self.was_served = True
             if self.peer is not None and self._is_wanted(self):
                 return
 
