@@ -47,14 +47,17 @@ class RecordedNotifier:
 
     names: list[tuple[KernelId, bytes]] = field(default_factory=list)
     attributes: list[KernelId] = field(default_factory=list)
+    again: list[KernelId] = field(default_factory=list)  # attributes, more than once
     acknowledges: list[Callable[[], None]] = field(default_factory=list)
 
     def forget_name(self, parent: KernelId, name: bytes, acknowledge: Callable[[], None]) -> None:
         self.names.append((parent, name))
         self.acknowledges.append(acknowledge)
 
-    def forget_attributes(self, inode: KernelId) -> None:
+    def forget_attributes(self, inode: KernelId, was_answered: bool = False) -> None:
         self.attributes.append(inode)
+        if was_answered:
+            self.again.append(inode)
 
     def acknowledge_all(self) -> None:
         waiting, self.acknowledges = self.acknowledges, []

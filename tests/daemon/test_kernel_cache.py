@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ async def test_what_another_node_changes_is_forgotten_here(
         # The kernel that asked for the change has made it itself.
         assert not two.notifier.names and not two.notifier.attributes
         assert mine.is_current == (change not in (unlink, replace))
+
+
+async def test_who_was_just_answered_a_change_is_made_to_ask_once_more(tmp_path: Path) -> None:
+    """The kernel takes that answer whenever the caller runs, after it was told to forget it too."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await one.make_file(b"f")
+        inode = await one.look_up(b"f")
+        for mode, changed_at, again in [(0o600, time.monotonic(), [inode.id]), (0o640, 0.0, [])]:
+            inode.changed_at = changed_at
+            one.notifier.again.clear()
+            await set_attributes(two, AttributeChange(permissions=mode))
+            await one.feed.fresh()
+            assert one.notifier.again == again
 
 
 async def test_who_has_a_file_open_sees_its_mode_and_link_count_as_they_are(tmp_path: Path) -> None:

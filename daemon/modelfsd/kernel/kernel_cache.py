@@ -9,6 +9,7 @@ something else by now is caught by the guard.
 from __future__ import annotations
 
 import stat
+import time
 from collections.abc import Iterable, Mapping
 
 from modelfs.attributes import AttributeChange, changed_attributes
@@ -19,6 +20,7 @@ from modelfsd.kernel.kernel_inodes import KernelInode, KernelInodes
 from modelfsd.kernel.notifier import NameGuard, Notifier
 from modelfsd.metadata.namespace import Namespace
 
+ANSWER_SECONDS = 1.0  # an answer may wait so long for its caller to get a processor
 SYMLINKS = InodeNumber(-1)  # in the guard: all symlinks that this node's kernel knows
 
 
@@ -75,7 +77,7 @@ class KernelCache:
         for ino in believed:
             self._retire_directories(ino)
             for inode in self.inodes.all_of(ino):
-                self._notifier.forget_attributes(inode.id)
+                self._forget_attributes(inode)
 
     def _retire_directories(self, top: InodeNumber) -> None:
         """A directory was moved to another parent: new kernel inodes for it and those below it.
@@ -111,7 +113,7 @@ class KernelCache:
                 self._retire_directories(ino)
         for ino in {*touched, *believed.values()}:
             for inode in self.inodes.all_of(ino):
-                self._notifier.forget_attributes(inode.id)
+                self._forget_attributes(inode)
 
     def _on_inode(self, change: InodeChanged) -> None:
         self._on_older(change)
@@ -128,7 +130,7 @@ class KernelCache:
             self.retire(inode)
         else:
             inode.record = change.new
-            self._notifier.forget_attributes(inode.id)
+            self._forget_attributes(inode)
 
     def _hide(self, inode: KernelInode) -> None:
         """The record cannot be read now: who has it open keeps what he has, others must ask."""
@@ -137,13 +139,13 @@ class KernelCache:
             return
         for parent, name in self._mirror.names.get(inode.ino, ()):
             self._forget_name(parent, name, inode.ino)
-        self._notifier.forget_attributes(inode.id)
+        self._forget_attributes(inode)
 
     def _on_removal(self, inode: KernelInode, change: InodeChanged) -> None:
         """The last name is gone: who has it open sees that in the link count."""
         self.inodes.retire(inode)
         if inode.handles and not self._namespace.is_own(change.origin):
-            self._notifier.forget_attributes(inode.id)
+            self._forget_attributes(inode)
 
     def _on_older(self, change: InodeChanged) -> None:
         """The older kernel inodes of a file keep its contents, but mode and link count are as now.
@@ -159,7 +161,7 @@ class KernelCache:
             elif change.new is None and change.old is not None:
                 inode.record = _owned_as(inode.record, change.old)
             if inode.handles or inode.record.is_directory:
-                self._notifier.forget_attributes(inode.id)
+                self._forget_attributes(inode)
 
     @staticmethod
     def _is_foreign_commit(inode: KernelInode, change: InodeChanged) -> bool:
@@ -186,7 +188,7 @@ class KernelCache:
         if current.session is None:
             self.retire(current)
         else:
-            self._notifier.forget_attributes(current.id)
+            self._forget_attributes(current)
 
     def retire(self, inode: KernelInode) -> None:
         """Make lookups of this file's names give another kernel inode."""
@@ -198,7 +200,11 @@ class KernelCache:
         known = self.inodes.all_of(change.ino)
         if len(known) > 1 or not self._namespace.is_own(change.origin):
             for inode in known:
-                self._notifier.forget_attributes(inode.id)
+                self._forget_attributes(inode)
+
+    def _forget_attributes(self, inode: KernelInode) -> None:
+        was_answered = time.monotonic() - inode.changed_at < ANSWER_SECONDS
+        self._notifier.forget_attributes(inode.id, was_answered)
 
     def _forget_name(self, parent: InodeNumber, name: bytes, old: InodeNumber) -> None:
         is_symlink = any(stat.S_ISLNK(inode.record.mode) for inode in self.inodes.all_of(old))

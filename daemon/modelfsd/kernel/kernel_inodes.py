@@ -22,6 +22,7 @@ reference that we gave it, and not before, whatever was unlinked meanwhile.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -54,6 +55,7 @@ class KernelInode:
     lookups: int = 0
     handles: int = 0
     pushes: int = 0  # under way into its pages: its id must not come to mean another inode
+    changed_at: float = -math.inf  # monotonic: when its kernel was last answered a change of it
     is_current: bool = True  # whether a lookup of its name gives this kernel inode
     inside: KernelInode | None = field(default=None, repr=False)  # for `KernelInodes.show_in`
     session: WriteSession | None = field(default=None, repr=False)

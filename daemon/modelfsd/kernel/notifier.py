@@ -5,6 +5,11 @@ So they are made on threads of their own, each directory always on the same thre
 one busy directory does not hold up those of the other threads), with no lock held, after the new
 state is in the mirror. Waiting invalidations of one name are merged.
 
+Attributes may be forgotten in vain: the kernel takes what a request was answered although it was
+told to forget it between the answer and the moment that the caller runs again. Of an inode that it
+did not know by then it says so (ENOENT); that it was just answered a SETATTR or LINK (LOOKUP and
+GETATTR mind the order) is for us to know. Then it is told again, a little later.
+
 `NameGuard` is the other half: it remembers which inodes had a name changed by another node, until
 the kernel has surely acted on it. Before that, an OPEN may have come along the old name, and must
 be sent to look again (ESTALE).
@@ -13,6 +18,7 @@ be sent to look again (ESTALE).
 from __future__ import annotations
 
 import errno
+import heapq
 import logging
 import threading
 import time
@@ -34,6 +40,10 @@ GRACE_SECONDS = 2.0
 # So may one that truncates, which first waits for the lock of the file: others who do the same hold
 # it while they wait for the lease, each as long as `lock_wait`.
 TRUNCATING_GRACE_SECONDS = 120.0
+
+# When attributes are forgotten again that the kernel may have got only afterwards: a caller who has
+# been answered takes the answer when he gets a processor.
+AGAIN_SECONDS = (0.01, 0.1, 1.0)
 
 # ENOENT: the kernel did not know the name. ENOSYS: libfuse has not heard of the kernel yet, which
 # knows nothing then. ENOTCONN, ENODEV: it is unmounting.
@@ -72,9 +82,12 @@ class Notifier:
         """Make the kernel look `name` up again; then call `acknowledge`, on another thread."""
         self._workers[parent % THREADS].add((parent, name), acknowledge)
 
-    def forget_attributes(self, inode: KernelId) -> None:
-        """Make the kernel ask for mode, owner, link count and a directory's times again."""
-        self._workers[inode % THREADS].add((inode, Forget.ATTRIBUTES), None)
+    def forget_attributes(self, inode: KernelId, was_answered: bool = False) -> None:
+        """Make the kernel ask for mode, owner, link count and a directory's times again.
+
+        `was_answered`: it may still have to take older ones, from the answer to a change.
+        """
+        self._workers[inode % THREADS].add((inode, Forget.ATTRIBUTES), None, was_answered)
 
     def forget_pages(self, inode: KernelId, acknowledge: Acknowledge) -> None:
         """Make the kernel drop what it has cached of a file's contents; then call `acknowledge`."""
@@ -91,6 +104,8 @@ class _Worker:
 
     def __init__(self, index: int) -> None:
         self._pending: OrderedDict[Entry, list[Acknowledge]] = OrderedDict()
+        self._later: list[tuple[float, KernelId, int]] = []  # a heap: when, what, how often before
+        self._attempts: dict[KernelId, int] = {}  # attributes that were to be forgotten before
         self._changed = threading.Condition()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name=f"notify-{index}", daemon=True)
@@ -110,21 +125,46 @@ class _Worker:
     def waiting(self) -> int:
         return len(self._pending)
 
-    def add(self, entry: Entry, acknowledge: Acknowledge | None) -> None:
+    def add(
+        self, entry: Entry, acknowledge: Acknowledge | None, was_answered: bool = False
+    ) -> None:
         with self._changed:
             acknowledges = self._pending.setdefault(entry, [])
             if acknowledge is not None:
                 acknowledges.append(acknowledge)
+            if entry[1] is Forget.ATTRIBUTES:
+                self._attempts.pop(entry[0], None)
+            if was_answered:
+                for attempt in range(len(AGAIN_SECONDS)):
+                    self._forget_later(entry[0], attempt, len(AGAIN_SECONDS))
             self._changed.notify()
 
+    def _forget_later(self, inode: KernelId, attempt: int, attempts: int) -> None:
+        """Forget attributes once more. With the lock held."""
+        due = time.monotonic() + AGAIN_SECONDS[attempt]
+        heapq.heappush(self._later, (due, inode, attempts))
+
+    def _next(self) -> tuple[Entry, list[Acknowledge], int] | None:
+        """What to forget next, and how often that was tried before; None at the end."""
+        with self._changed:
+            while not self._is_stopping:
+                now = time.monotonic()
+                while self._later and self._later[0][0] <= now:
+                    _, inode, attempts = heapq.heappop(self._later)
+                    if (inode, Forget.ATTRIBUTES) not in self._pending:
+                        self._pending[inode, Forget.ATTRIBUTES] = []
+                        self._attempts[inode] = attempts
+                if self._pending:
+                    entry, acknowledges = self._pending.popitem(last=False)
+                    is_again = entry[1] is Forget.ATTRIBUTES
+                    attempts = self._attempts.pop(entry[0], 0) if is_again else 0
+                    return entry, acknowledges, attempts
+                self._changed.wait(self._later[0][0] - now if self._later else None)
+            return None
+
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._pending and not self._is_stopping:
-                    self._changed.wait()
-                if self._is_stopping:
-                    return
-                (inode, what), acknowledges = self._pending.popitem(last=False)
+        while (following := self._next()) is not None:
+            (inode, what), acknowledges, attempts = following
             try:
                 with timed("invalidate"):
                     if isinstance(what, Forget):
@@ -135,6 +175,10 @@ class _Worker:
             except OSError as error:
                 if error.errno not in HARMLESS:
                     log.warning("the kernel refused to forget inode %d: %s", inode, error)
+                is_unknown = error.errno == errno.ENOENT and what is Forget.ATTRIBUTES
+                if is_unknown and attempts < len(AGAIN_SECONDS):
+                    with self._changed:
+                        self._forget_later(inode, attempts, attempts + 1)
             for acknowledge in acknowledges:
                 acknowledge()
 

@@ -162,6 +162,7 @@ class Operations(pyfuse3.Operations):
         )
         if change != AttributeChange():
             await self._files.set_attributes(target, change, _caller(ctx))
+        target.changed_at = time.monotonic()
         return self._attributes(target)
 
     @answers
@@ -232,7 +233,9 @@ class Operations(pyfuse3.Operations):
         target = self._inodes[inode]
         self._files.looks.look_again_once(target, _caller(ctx))
         directory = self._inodes[new_parent_inode]
-        return self._attributes(await self._tree.link(target, directory, new_name))
+        linked = await self._tree.link(target, directory, new_name)
+        linked.changed_at = time.monotonic()
+        return self._attributes(linked)
 
     @answers
     async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
