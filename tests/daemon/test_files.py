@@ -177,6 +177,31 @@ async def test_a_create_of_a_name_that_comes_and_goes_is_sent_to_look_again_once
         await files.release(number)
 
 
+async def test_a_create_that_empties_a_file_which_the_kernel_knows_gets_another_inode(
+    tmp_path: Path,
+) -> None:
+    """The kernel would go on to believe the size that it knew, and append behind it."""
+    async with cluster_of(1, tmp_path) as cluster:
+        (one,) = cluster.nodes
+        await one.make_file(b"f")
+        await one.write_file(b"f", b"data")
+        files, root, mode = files_of(one), one.inodes[1], stat.S_IFREG | 0o644
+        flags = os.O_WRONLY | os.O_TRUNC
+        known = await one.look_up(b"f")
+        with pytest.raises(StaleHandle):
+            await files.create(root, b"f", mode, flags, CALLER, no_groups)
+        files.looks.note(CALLER, (root.id, b"f"), None)
+        lookups = known.lookups
+        number, inode = await files.create(root, b"f", mode, flags, CALLER, no_groups)
+        assert inode is not known and inode.lookups == 1 and known.lookups == lookups
+        assert inode.session is not None and inode.session.copy.size == 0
+        await files.write(number, 0, b"new")
+        await files.flush(number)
+        await files.release(number)
+        assert await one.read_file(b"f") == b"new"
+        assert inode.is_current and known.record.size == 4, "who has it open reads on"
+
+
 async def test_a_truncation_by_a_name_that_went_elsewhere_is_sent_to_look_again(
     tmp_path: Path,
 ) -> None:

@@ -232,12 +232,31 @@ class Files:
                 raise AccessDenied(name)
             if not is_writer:
                 return self._new_handle(inode, None), inode
+            if flags & os.O_TRUNC:
+                inode = self._new_to_the_kernel(inode)
             number = await self._open_for_writing(inode, flags, caller, False, True, 0)
             return number, inode
         except BaseException:
             inode.lookups -= 1
             self._cache.inodes.drop_if_unused(inode)
             raise
+
+    def _new_to_the_kernel(self, inode: KernelInode) -> KernelInode:
+        """Another kernel inode, if the kernel knows this one, which was just looked up for CREATE.
+
+        With the writeback cache it believes its own size, and a CREATE with O_TRUNC does not change
+        that: it would go on to show, and to append to, what is gone.
+        """
+        if inode.lookups == 1:
+            return inode
+        if inode.session is not None:
+            raise WriterElsewhere(f"inode {inode.ino} is being written through another name")
+        record = self._namespace.require(inode.ino)
+        self._cache.retire(inode)
+        inode.lookups -= 1
+        inode = self._cache.inodes.show(inode.ino, record)
+        inode.lookups += 1
+        return inode
 
     async def _create_new(
         self, parent: KernelInode, name: bytes, mode: int, flags: int, caller: Caller
