@@ -17,6 +17,7 @@ from modelfs.inode import Inode
 from modelfs.mirror import Name
 from modelfsd.kernel import notifier
 from modelfsd.kernel.kernel_inodes import ROOT_KERNEL_ID
+from modelfsd.kernel.tree import Tree
 from tests.daemon.node_parts import Node, cluster_of
 
 
@@ -263,6 +264,29 @@ async def test_a_rename_of_a_name_that_changed_meanwhile_is_looked_up_again(tmp_
         await one.namespace.change(lambda m: changes.rename(m, target, source, False, 2))
         one.cache.renamed(target, source, child.ino)
         assert not one.notifier.names
+
+
+async def test_a_rename_that_changes_nothing_takes_a_link_in_the_kernel_alone(
+    tmp_path: Path,
+) -> None:
+    """Another node has made both names mean one file; the kernel has not forgotten the other."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        moving = await two.make_file(b"moving")
+        other = await two.make_file(b"f")
+        await two.namespace.change(lambda m: changes.link(m, other, ROOT_INODE, b"g", 2))
+        source, target = await one.look_up(b"moving"), await one.look_up(b"f")
+        await unlink(two)
+        await two.namespace.change(lambda m: changes.link(m, moving, ROOT_INODE, b"f", 2))
+        await one.feed.fresh()
+        one.notifier.attributes.clear()  # and somebody has asked again
+        tree, root = Tree(one.namespace, one.cache), one.inodes[ROOT_KERNEL_ID]
+        await tree.rename((root, b"moving"), (root, b"f"), False)
+        assert target.id in one.notifier.attributes and source.is_current
+        one.notifier.acknowledge_all()
+        one.notifier.attributes.clear()
+        await tree.rename((root, b"moving"), (root, b"f"), False)
+        assert not one.notifier.attributes
 
 
 async def test_a_directory_that_the_kernel_alone_moved_or_removed_is_another_inode_for_it(

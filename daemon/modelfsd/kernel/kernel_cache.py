@@ -97,9 +97,16 @@ class KernelCache:
             waiting.extend((child.ino, inode) for child in children if stat.S_ISDIR(child.kind))
 
     def renamed(self, source: Name, target: Name, moved: InodeNumber) -> None:
-        """This node's kernel renamed what it took `source` for: see `_undeceive`."""
+        """This node's kernel renamed what it took `source` for: see `_undeceive`.
+
+        If both are names of one file by now, nothing was changed. But the kernel has taken a link
+        from what it took `target` for.
+        """
         if self.guard.believed(source):
             self._forget_name(*target, moved)
+        for ino in self.guard.believed(target):
+            for inode in self.inodes.all_of(ino):
+                self._forget_attributes(inode)
 
     def unsure(self, believed: Mapping[Name, InodeNumber], touched: Iterable[InodeNumber]) -> None:
         """A change by this node's kernel failed, and may have happened: it must ask again.
