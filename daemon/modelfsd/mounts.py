@@ -25,7 +25,9 @@ from modelfs.errors import UserError
 
 MOUNT_TYPE = "fuse.modelfs"
 MOUNT_TABLE = "/proc/self/mountinfo"
-PROBE_SECONDS = 3.0  # an idle mount answers in a millisecond
+# An idle mount answers in a millisecond, but the child that asks must start first, on a machine
+# that may be busy; and a living mount that is taken for a silent one may be taken away.
+PROBE_SECONDS = 20.0
 DETACH_SECONDS = 10.0
 LINKS_FOLLOWED_MAX = 40  # as the kernel
 STACKED_MAX = 16  # mounts on one mount point that are cleaned away
