@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,15 @@ def version_in(data: bytes) -> int:
     return version
 
 
+def owned_bytes(node: LabNode) -> int:
+    """How much the chunks that a node owns take on its disk. Some may go meanwhile."""
+    total = 0
+    for path in (node.state_dir / "chunks" / "owned").glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
 def chunk_files(node: LabNode) -> dict[str, Path]:
     """The chunks that a node owns, on its disk, by their names in hex."""
     owned = node.state_dir / "chunks" / "owned"
@@ -236,6 +246,35 @@ def tree_of(root: Path) -> dict[str, str]:
 def is_mounted(node: LabNode) -> bool:
     """Whether the mount table has the node's mount."""
     return mounts.mount_at(node.mount) is not None
+
+
+def kill(lab: Lab, name: str) -> None:
+    """Kill a node, and wait until the others take changes again."""
+    lab.kill(name)
+    wait_for_leader(lab)
+
+
+def wait_for_leader(lab: Lab) -> None:
+    """Wait until the nodes that are up take changes: one that was killed may have led etcd.
+
+    An election takes 5 s at worst, and longer on a busy machine. A node that has waited for 5 s
+    refuses changes then, and opens what it knew last.
+    """
+    for node in lab.nodes:
+        if node.pid is not None:
+            wait_until(partial(_takes_changes, node.mount), f"{node.name} to take changes")
+
+
+def _takes_changes(directory: Path) -> bool:
+    probe = directory / ".probe"
+    try:
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EROFS):
+            return False
+        raise
+    return True
 
 
 def make_whole(lab: Lab) -> None:

@@ -16,7 +16,16 @@ import pytest
 from modelfs.errors import UserError
 from modelfsd.lab.cluster import Lab
 from modelfsd.lab.state import LabNode
-from tests.mount.mount_parts import MIB, Dirs, ask, pattern, refused, wait_until
+from tests.mount.mount_parts import (
+    CHILD_SECONDS,
+    MIB,
+    Dirs,
+    ask,
+    owned_bytes,
+    pattern,
+    refused,
+    wait_until,
+)
 
 ROOT = Path(__file__).parents[2]
 BIG = 9 * MIB + 17  # three chunks and a bit
@@ -55,15 +64,14 @@ def modelfs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/daemon"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=CHILD_SECONDS,
         check=False,
     )
 
 
-def owned_bytes(lab: Lab) -> int:
+def owned_bytes_of(lab: Lab) -> int:
     """How much chunks that are not cached take on all disks."""
-    folders = [node.state_dir / "chunks" / "owned" for node in lab.nodes]
-    return sum(path.stat().st_size for folder in folders for path in folder.glob("*/*"))
+    return sum(map(owned_bytes, lab.nodes))
 
 
 def save(path: Path, data: bytes) -> None:
@@ -271,12 +279,12 @@ def test_reclaim_spares_what_is_retained_and_takes_it_when_that_is_over(lab_root
         for node in lab.nodes:
             swept: set[float] = set()
             wait_until(partial(_has_swept, node, swept), "ten sweeps")
-        assert owned_bytes(lab) > 2 * BIG
+        assert owned_bytes_of(lab) > 2 * BIG
         restore(lab, path, past(lab, path)[-1][0])
         assert (lab.nodes[1].mount / "f").read_bytes() == data
         path.unlink()
         set_policy(lab, lab.nodes[0].mount, retain="0")
-        wait_until(lambda: owned_bytes(lab) == 0, "space given back")
+        wait_until(lambda: owned_bytes_of(lab) == 0, "space given back")
 
 
 def _has_swept(node: LabNode, seen: set[float]) -> bool:

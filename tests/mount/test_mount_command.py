@@ -39,7 +39,7 @@ if grep " $root/mnt " /proc/mounts; then exit 9; fi
 
 # Again, from a table, at once: the node that is still stopping is no obstacle.
 echo "modelfs $root/mnt fuse.modelfs noauto,$2 0 0" > "$root/fstab"
-for attempt in $(seq 50); do
+for attempt in $(seq 500); do
     if mount -T "$root/fstab" "$root/mnt" 2> "$root/error"; then break; fi
     grep -q "is in use by process\\|is mounted already" "$root/error"
     sleep 0.2
@@ -68,7 +68,7 @@ def test_mount_and_umount_as_from_fstab(test_root: Path) -> None:
     command = ["unshare", "-m", "sh", "-c", SCRIPT, "sh", str(root), options, sys.executable]
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=180, cwd="/"
+            command, env=environment, capture_output=True, text=True, timeout=300, cwd="/"
         )
     finally:
         lab_processes.kill([mark], 10.0)

@@ -136,8 +136,8 @@ def test_an_interrupted_scrub_ends_in_the_daemon_too(lab: Lab, dirs: Dirs) -> No
     (dirs[0] / "file").write_bytes(os.urandom(4 * MIB))
     node = lab.nodes[0]
     words = [sys.executable, "-P", "-m", "modelfsd", "scrub", str(node.mount), "--rate", "64KiB"]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     before = ask(node, "counters")["scrub"]["chunks"]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: ask(node, "counters")["scrub"]["chunks"] > before, "the scrub to begin")
     refusal = subprocess.run(words, capture_output=True, text=True, check=False, cwd="/")
     assert refusal.returncode == 8

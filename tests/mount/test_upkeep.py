@@ -22,7 +22,9 @@ from tests.mount.mount_parts import (
     chunk_names,
     flip,
     forget_pages,
+    kill,
     make_whole,
+    owned_bytes,
     pattern,
     wait_until,
 )
@@ -57,13 +59,7 @@ def lab(upkeep_lab: Lab) -> Iterator[Lab]:
 
 def held(lab: Lab) -> Held:
     """Bytes of owned chunks on each node's disk."""
-    found = {}
-    for node in lab.nodes:
-        owned = node.state_dir / "chunks" / "owned"
-        found[node.name] = sum(
-            entry.stat().st_size for folder in os.scandir(owned) for entry in os.scandir(folder)
-        )
-    return found
+    return {node.name: owned_bytes(node) for node in lab.nodes}
 
 
 def wait_for_sweeps(nodes: list[LabNode], count: int) -> None:
@@ -139,7 +135,7 @@ def test_an_open_version_is_read_to_its_last_byte_long_after_it_went(lab: Lab, h
         os.close(second)
         os.close(descriptor)
     wait_until(lambda: sum(held(lab).values()) < 3 * MIB, "the space of the closed version")
-    assert ask(lab.nodes[1], "status")["upkeep"]["pins"] == 0
+    wait_until(lambda: ask(lab.nodes[1], "status")["upkeep"]["pins"] == 0, "no pin")
     if how != "unlink":
         assert (reader / "f").read_bytes() == pattern(1, MIB)
 
@@ -157,28 +153,36 @@ def test_a_slow_writer_commits_what_it_wrote_many_graces_ago(lab: Lab) -> None:
     forget_pages(writer / "slow")
     assert (reader / "slow").read_bytes() == data
     assert (writer / "slow").read_bytes() == data
-    status = ask(lab.nodes[0], "status")
-    assert status["chunks_under_replicated"] == 0
+    wait_until(lambda: lacking(lab.nodes[0]) == 0, "as many copies as there shall be")
+
+
+def lacking(node: LabNode) -> int:
+    """How many chunks have too few copies, as a node knows it."""
+    count: int = ask(node, "status")["chunks_under_replicated"]
+    return count
 
 
 def test_a_dead_node_is_replaced_and_gets_its_chunks_back(lab: Lab) -> None:
-    first, _, third = lab.nodes
+    first, second, third = lab.nodes
     data = random_bytes(40 * MIB, 5)
     (first.mount / "f").write_bytes(data)
     home = held(lab)
     assert home[third.name] > 0
-    lab.kill(third.name)
-    wait_until(
-        lambda: not all(node["up"] for node in ask(first, "status")["nodes"]), "n3 to be missed"
-    )
-    assert ask(first, "status")["chunks_under_replicated"] > 0
-    wait_until(lambda: ask(first, "status")["chunks_under_replicated"] == 0, "new copies")
+    kill(lab, third.name)
+
+    def is_replaced() -> bool:
+        return owned_bytes(first) + owned_bytes(second) >= 2 * len(data)
+
+    # On a machine that stood still the new copies may be there before anybody has looked.
+    wait_until(lambda: lacking(first) > 0 or is_replaced(), "n3 to be missed")
+    wait_until(is_replaced, "new copies")
+    wait_until(lambda: lacking(first) == 0, "as many copies as there shall be")
     (first.mount / "g").write_bytes(random_bytes(8 * MIB, 6))  # its copies are handed off
     lab.start(third.name)
     wait_until(lambda: held(lab)[third.name] > home[third.name], "the chunks written meanwhile")
     (first.mount / "g").unlink()
     wait_until(lambda: held(lab) == home, "everything at home again")
-    assert ask(first, "status")["chunks_under_replicated"] == 0
+    wait_until(lambda: lacking(first) == 0, "as many copies as there shall be")
     assert (third.mount / "f").read_bytes() == data
 
 

@@ -69,7 +69,7 @@ def test_a_node_runs_as_a_user_who_is_not_root(test_root: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=150,
+            timeout=300,
             check=False,
         )
     finally:

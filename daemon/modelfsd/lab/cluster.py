@@ -43,12 +43,14 @@ from modelfsd.lab.processes import MARK, ProcessesRemain
 from modelfsd.lab.state import CONFIG_FILE, STATE_FILE, LabNode, LabState, load_state, plan_lab
 
 START_SECONDS = 180.0  # of one node; three embedded etcd members on two slow cores take about 20
-MESH_SECONDS = 60.0  # until all nodes see each other
+MESH_SECONDS = 120.0  # until all nodes see each other
 STATUS_SECONDS = 5.0
+TOKEN_SECONDS = 60.0  # a change in etcd, whose disk may be busy with its first writes
 POLL_SECONDS = 0.1
 UMOUNT_SECONDS = 20.0
 PAUSE_SECONDS = 5.0  # for a process to stop
-KILL_SECONDS = 10.0
+KILL_SECONDS = 60.0  # who waits for a slow disk ends when the disk has answered
+END_SECONDS = 10.0  # until something harder is tried
 STARTS_AT_ONCE = 8
 LAST_LINES = 20
 SETTING_VARIABLES = frozenset(f"MODELFS_{key.upper()}" for key in SETTINGS)
@@ -205,7 +207,7 @@ class Lab:
             self._end_node(node)
         marks = [node.mark for node in self.nodes]
         try:
-            lab_processes.kill(marks, KILL_SECONDS)
+            lab_processes.kill(marks, END_SECONDS)
         except ProcessesRemain as error:
             self._show(f"{error}; once more, with their mounts taken away")
         for node in self.nodes:  # aborts requests too, in which a process may be stuck
@@ -235,7 +237,7 @@ class Lab:
     @staticmethod
     def _token(node: LabNode, uses: int) -> str:
         """A join token, from a node that runs."""
-        answer = control.call(node.control_path, "token", STATUS_SECONDS, uses=uses)
+        answer = control.call(node.control_path, "token", TOKEN_SECONDS, uses=uses)
         return str(answer["token"])
 
     def _start_all(self, nodes: Sequence[LabNode], arguments: Sequence[str], token: str) -> None:
@@ -348,7 +350,7 @@ class Lab:
             reason = done.stderr.strip() if done.returncode else ""
         except subprocess.TimeoutExpired:
             reason = f"it took more than {UMOUNT_SECONDS:.0f} s"
-        if reason or not lab_processes.wait_ended(processes, KILL_SECONDS):
+        if reason or not lab_processes.wait_ended(processes, END_SECONDS):
             self._show(f"{node.name}: not unmounted, so it is killed: {reason or 'it goes on'}")
 
     def _remove_files(self) -> None:
