@@ -132,12 +132,11 @@ def autojump_clock() -> trio.testing.MockClock:
 
 
 @pytest.fixture
-def virtual_time(
-    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
-) -> trio.testing.MockClock:
-    """Virtual time for code that uses worker threads: their work is done on trio's own thread.
+def inline_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work of worker threads is done on trio's own thread.
 
-    Otherwise the clock would jump while a thread works, since all *tasks* wait then.
+    So that nothing is under way when all *tasks* wait: for `wait_all_tasks_blocked`, and for a
+    clock that is moved then.
     """
 
     async def run_inline(
@@ -147,6 +146,13 @@ def virtual_time(
         return function(*args)
 
     monkeypatch.setattr(trio.to_thread, "run_sync", run_inline)
+
+
+@pytest.fixture
+def virtual_time(
+    autojump_clock: trio.testing.MockClock, inline_threads: None
+) -> trio.testing.MockClock:
+    """Virtual time for code that uses worker threads."""
     return autojump_clock
 
 

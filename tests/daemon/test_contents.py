@@ -22,6 +22,9 @@ from modelfs.ports import Holding
 from modelfsd.storage.contents import Contents
 from tests.daemon.node_parts import CHUNK, Cluster, Node, cluster_of
 
+# Several tests look at what there is when all tasks wait: no thread may be at work then.
+pytestmark = pytest.mark.usefixtures("inline_threads")
+
 
 class Fetches:
     """Counts what is fetched from peers, and can hold it up."""

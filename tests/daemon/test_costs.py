@@ -155,7 +155,9 @@ async def test_names_cost_one_transaction_each(tmp_path: Path) -> None:
         assert store.taken() == (1, 0)
 
 
-async def test_those_who_open_at_the_same_time_share_a_read(tmp_path: Path) -> None:
+async def test_those_who_open_at_the_same_time_share_a_read(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
     async with mounted(tmp_path) as (_, store, _, two):
         await two.node.feed.fresh()
         store.taken()
@@ -166,7 +168,9 @@ async def test_those_who_open_at_the_same_time_share_a_read(tmp_path: Path) -> N
         assert commits == 0 and reads <= 3
 
 
-async def test_operations_that_wait_at_the_same_time_share_transactions(tmp_path: Path) -> None:
+async def test_operations_that_wait_at_the_same_time_share_transactions(
+    tmp_path: Path, virtual_time: trio.testing.MockClock
+) -> None:
     async with mounted(tmp_path) as (_, store, one, _):
         async with trio.open_nursery() as nursery:
             for index in range(40):

@@ -257,7 +257,9 @@ async def test_a_lease_that_lapses_right_after_the_commit_fails_no_close(tmp_pat
 
 
 @pytest.mark.expected_logs("cannot be committed, they are kept")
-async def test_what_is_written_after_such_a_commit_is_not_called_lost(tmp_path: Path) -> None:
+async def test_what_is_written_after_such_a_commit_is_not_called_lost(
+    tmp_path: Path, inline_threads: None
+) -> None:
     async with cluster_of(2, tmp_path, LateStore()) as cluster:
         one = cluster.nodes[0]
         await one.make_file(b"f")

@@ -20,7 +20,7 @@ from tests.daemon.upkeep_parts import GRACE, kept_cluster, make
 
 
 @pytest.fixture
-def clock() -> trio.testing.MockClock:
+def clock(inline_threads: None) -> trio.testing.MockClock:
     """Time stands still but when the test jumps."""
     return trio.testing.MockClock()
 

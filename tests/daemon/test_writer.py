@@ -272,7 +272,7 @@ async def test_a_disk_error_while_sealing_poisons_the_session(
 
 @pytest.mark.expected_logs(LOST, "could not be written beside", "stay where they are")
 async def test_a_full_disk_does_not_end_the_daemon(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline_threads: None
 ) -> None:
     """Poisoning wants to write a description, to the very disk that is full."""
     async with cluster_of(1, tmp_path) as cluster:
