@@ -20,7 +20,7 @@ from modelfsd.cluster.discovery import EVENTS_MAX, FOUND_MAX, Discovery
 from tests import needs
 from tests.loopback import new_address
 
-HANG_SECONDS = 30  # a guard only
+HANG_SECONDS = 120  # a guard only
 ALPHA, BETA = NodeId("a" * 16), NodeId("b" * 16)
 CLUSTER = ClusterId(f"c{os.getpid():015x}")
 FIRST, SECOND = new_address(), new_address()

@@ -84,12 +84,14 @@ async def watched_at_last(store: EtcdStore, start: Revision, revision: Revision)
 
 
 async def leader_of(store: EtcdStore, members: list[EtcdMember]) -> EtcdMember:
-    """The member that leads."""
-    for member in members:
-        status = await store.member_status(member.client_endpoint)
-        if status.id == status.leader:
-            return member
-    raise AssertionError("no member leads")
+    """The member that leads. On a busy machine there may be an election under way."""
+    while True:
+        for member in members:
+            with suppress(MetadataUnavailable):
+                status = await store.member_status(member.client_endpoint)
+                if status.id == status.leader:
+                    return member
+        await trio.sleep(0.05)
 
 
 @pytest.mark.etcd

@@ -23,7 +23,7 @@ from modelfsd.lab.net import LabNetwork
 from modelfsd.lab.processes import MARK, mark
 from modelfsd.lab.state import LabState, address_block, load_state, plan_lab
 
-HANG_SECONDS = 30.0  # a guard only
+HANG_SECONDS = 120.0  # a guard only
 needs_namespaces = pytest.mark.skipif(
     os.geteuid() != 0 or any(shutil.which(tool) is None for tool in ("ip", "tc", "bridge")),
     reason="network namespaces need root and iproute2",

@@ -111,7 +111,7 @@ def test_a_header_that_is_written_last_is_seen_elsewhere(dirs: Dirs, rng: random
 
 SQLITE_WRITER = """
 import sqlite3
-connection = sqlite3.connect(path, timeout=50, isolation_level=None)
+connection = sqlite3.connect(path, timeout=120, isolation_level=None)
 for number in range(rounds):
     connection.execute("BEGIN IMMEDIATE")
     (count,) = connection.execute("SELECT count FROM total").fetchone()

@@ -43,6 +43,16 @@ class Cost:
         )
         return reads, fetched, pushed
 
+    def settle(self) -> None:
+        """Wait until nothing is on its way to this node, and nothing into its kernel."""
+        last, is_asking = self._now(), True
+        while is_asking:
+            time.sleep(0.02)
+            peers = ask(self._node, "counters")["peers"].values()
+            now = self._now()
+            is_asking = now != last or any(peer["inflight"] for peer in peers)
+            last = now
+
 
 def make(path: Path, size: int) -> bytes:
     contents = os.urandom(size)
@@ -146,7 +156,7 @@ def test_of_a_stride_the_next_runs_are_pushed_and_nothing_between(
                     file.seek(start)
                     found = file.read(length)
                 assert found == contents[start : start + length]
-                time.sleep(0.02)  # so that what was foretold is there before it is asked for
+                cost.settle()  # so that what was foretold is there before it is asked for
     reads, fetched, pushed = cost.so_far()
     wanted = len(starts) * length
     assert pushed > wanted // 3
