@@ -90,10 +90,17 @@ def test_the_account_of_a_file_is_what_was_done_to_it(dirs: Dirs) -> None:
         "writers": 0,
         "uncommitted": False,
     }
-    assert second.read_bytes() == data  # from the kernel's page cache: nobody asks the daemon
-    again = use_of(second)
-    assert again["read_requests"] == used["read_requests"]
-    assert (again["opens"], again["views"][0]["handles"]) == (2, 0)
+
+    def is_read_from_the_page_cache() -> bool:
+        before = use_of(second)
+        assert second.read_bytes() == data
+        again = use_of(second)
+        assert again["opens"] == before["opens"] + 1
+        is_closed: bool = again["views"][0]["handles"] == 0
+        return is_closed and bool(again["read_requests"] == before["read_requests"])
+
+    # A machine that is short of memory may have dropped pages.
+    wait_until(is_read_from_the_page_cache, "a read of which the daemon hears nothing")
 
 
 def test_the_stages_count_what_happens(lab: Lab, dirs: Dirs) -> None:
