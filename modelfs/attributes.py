@@ -15,13 +15,17 @@ TIME_NS_MIN, TIME_NS_MAX = -(1 << 63), (1 << 63) - 1  # what dirtimes and record
 
 @dataclass(frozen=True, slots=True)
 class AttributeChange:
-    """What chmod, chown and utimens set; None leaves a field as it is."""
+    """What chmod, chown and utimens set; None leaves a field as it is.
+
+    `moves_ctime` is a chown(-1, -1), which sets nothing, and moves ctime all the same.
+    """
 
     permissions: int | None = None  # mode bits without the file type
     uid: int | None = None
     gid: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    moves_ctime: bool = False
 
 
 def changed_attributes(record: Inode, change: AttributeChange, now_ns: int) -> Inode:
@@ -42,6 +46,8 @@ def only_repeats(record: Inode, change: AttributeChange) -> bool:
     Of anything but a file the kernel keeps no times, so there it repeats nothing.
     """
     if change.permissions is not None or change.uid is not None or change.gid is not None:
+        return False
+    if change.moves_ctime:
         return False
     if change.atime_ns is not None or not record.is_file:
         return change == AttributeChange()

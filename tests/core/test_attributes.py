@@ -65,6 +65,7 @@ def test_times_are_kept_within_what_a_record_holds() -> None:
         (AttributeChange(atime_ns=1, mtime_ns=2), False),
         (AttributeChange(permissions=0o644, mtime_ns=2), False),
         (AttributeChange(uid=7), False),
+        (AttributeChange(moves_ctime=True), False),
     ],
 )
 def test_only_a_file_s_own_mtime_is_a_repetition(change: AttributeChange, repeats: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.mount_parts import Dirs, in_child, refused, wait_until
+from tests.mount.mount_parts import Dirs, in_child, pass_a_tick, refused, times, wait_until
 
 pytestmark = pytest.mark.fuse
 
@@ -100,6 +100,26 @@ def test_an_unlinked_file_is_truncated_through_its_descriptor_s_path(dirs: Dirs)
         assert os.pread(file.fileno(), 10, 0) == bytes(6)
     with refused(errno.ENOENT):
         os.truncate(path, 1)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "fifo", "symlink"])
+def test_a_chown_that_sets_nothing_moves_ctime_for_good(dirs: Dirs, kind: str) -> None:
+    here, there = dirs[0] / kind, dirs[1] / kind
+    match kind:
+        case "file":
+            here.write_bytes(b"x")
+        case "directory":
+            here.mkdir()
+        case "fifo":
+            os.mkfifo(here)
+        case _:
+            here.symlink_to("target")
+    before = times(here)
+    pass_a_tick(here)
+    os.chown(here, -1, -1, follow_symlinks=False)
+    mtime, ctime = times(here)
+    assert mtime == before[0] and ctime > before[1]
+    wait_until(lambda: times(there)[1] > before[1], "the ctime elsewhere")
 
 
 def test_fsync_through_a_descriptor_for_reading_commits_what_others_wrote(dirs: Dirs) -> None:

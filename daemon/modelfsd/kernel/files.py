@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -373,7 +373,7 @@ class Files:
         """As `Tree.set_attributes`, but the mtime of uncommitted writes waits for their commit."""
         mtime_ns, session = change.mtime_ns, inode.session
         if session is not None and mtime_ns is not None and await session.set_mtime(mtime_ns):
-            change = AttributeChange(change.permissions, change.uid, change.gid, change.atime_ns)
+            change = replace(change, mtime_ns=None)
         if inode.record.is_file and not inode.handles:
             if not inode.is_current and only_repeats(inode.record, change):
                 # The kernel sends the times of what was just unlinked or replaced. No call waits

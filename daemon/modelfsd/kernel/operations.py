@@ -160,6 +160,10 @@ class Operations(pyfuse3.Operations):
             atime_ns=storable(attr.st_atime_ns) if fields.update_atime else None,
             mtime_ns=mtime_ns,
         )
+        if change == AttributeChange() and not fields.update_size:
+            # A chown(-1, -1). Of a file it comes with the ctime; without it was a write, which
+            # would have the set-group-id bit taken if the kernel told us so.
+            change = AttributeChange(moves_ctime=fields.update_ctime or not target.record.is_file)
         if change != AttributeChange():
             await self._files.set_attributes(target, change, _caller(ctx))
         target.changed_at = time.monotonic()
