@@ -52,10 +52,14 @@ class InodeChanged:
 
 @dataclass(frozen=True, slots=True)
 class DirectoryTouched:
-    """A directory's times changed."""
+    """A directory's times changed, or went with it: then `last_mtime_ns` is what they ended with.
+
+    Whoever is inside a removed directory still sees them.
+    """
 
     ino: InodeNumber
     origin: str
+    last_mtime_ns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

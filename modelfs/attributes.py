@@ -40,6 +40,12 @@ def changed_attributes(record: Inode, change: AttributeChange, now_ns: int) -> I
     return replace(record, **fields)
 
 
+def changed_when_unlinked(record: Inode, change: AttributeChange, now_ns: int) -> Inode:
+    """As `changed_attributes`, of what is removed: then a directory's mtime is in its record."""
+    changed = changed_attributes(record, change, now_ns)
+    return changed if change.mtime_ns is None else replace(changed, mtime_ns=change.mtime_ns)
+
+
 def only_repeats(record: Inode, change: AttributeChange) -> bool:
     """Whether this only repeats the mtime. An explicit chmod or chown must move ctime.
 

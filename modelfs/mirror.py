@@ -240,12 +240,13 @@ class Mirror(Names):
             self._put_name(name, _child_of(event), origin, changes)
         elif key.startswith(keys.DIRTIME_PREFIX):
             ino = keys.ino_of(key, keys.DIRTIME_PREFIX)
+            times = self.dirtime(ino) if event.value is None else None
             if event.value is None:
                 self._dirtimes.pop(ino, None)
             else:
                 decode_dirtime(event.value)
                 self._dirtimes[ino] = event.value
-            changes.append(DirectoryTouched(ino, origin))
+            changes.append(DirectoryTouched(ino, origin, times and times[0]))
         elif key.startswith(keys.LEASE_PREFIX):
             self._apply_lease(keys.ino_of(key, keys.LEASE_PREFIX), event, changes)
         elif key.startswith(keys.NODE_PREFIX):

@@ -122,6 +122,37 @@ def test_a_chown_that_sets_nothing_moves_ctime_for_good(dirs: Dirs, kind: str) -
     wait_until(lambda: times(there)[1] > before[1], "the ctime elsewhere")
 
 
+@pytest.mark.parametrize("how", ["removed", "replaced", "removed elsewhere"])
+def test_a_removed_directory_keeps_its_times_for_who_is_inside(dirs: Dirs, how: str) -> None:
+    here = dirs[0] / "here"
+    here.mkdir()
+    pass_a_tick(here)
+    (here / "file").touch()
+    (here / "file").unlink()
+    descriptor = os.open(here, os.O_RDONLY)
+    try:
+        before = times(here)
+        pass_a_tick(here)
+        match how:
+            case "removed":
+                here.rmdir()
+            case "replaced":
+                (dirs[0] / "new").mkdir()
+                (dirs[0] / "new").rename(here)
+            case _:
+                (dirs[1] / "here").rmdir()
+        wait_until(lambda: os.fstat(descriptor).st_nlink == 0, "the link count")
+        status = os.fstat(descriptor)
+        assert status.st_mtime_ns == before[0]
+        assert status.st_ctime_ns > before[1]
+        os.utime(descriptor, ns=(5, 6))
+        os.fchmod(descriptor, 0o700)
+        status = os.fstat(descriptor)
+        assert (status.st_atime_ns, status.st_mtime_ns) == (5, 6)
+    finally:
+        os.close(descriptor)
+
+
 def test_fsync_through_a_descriptor_for_reading_commits_what_others_wrote(dirs: Dirs) -> None:
     """`sync FILE` opens it for reading."""
     here, there = dirs[0] / "file", dirs[1] / "file"

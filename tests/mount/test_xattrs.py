@@ -210,6 +210,26 @@ def test_an_unlinked_file_keeps_and_takes_them_until_its_last_close(
         assert os.getxattr(file.fileno(), "user.b") == b"2"
 
 
+def test_a_removed_directory_and_a_removed_pipe_keep_and_take_them(
+    pair: tuple[Path, Path],
+) -> None:
+    directory, pipe = pair[0] / "directory", pair[0] / "pipe"
+    directory.mkdir()
+    os.mkfifo(pipe)
+    for path, name in ((directory, "user.a"), (pipe, "trusted.a")):
+        os.setxattr(path, name, b"1")
+        descriptor = os.open(path, os.O_PATH)
+        try:
+            held = f"/proc/self/fd/{descriptor}"
+            (path.rmdir if path is directory else path.unlink)()
+            os.setxattr(held, name, b"2")
+            assert os.getxattr(held, name) == b"2"
+            os.removexattr(held, name)
+            assert os.listxattr(held) == []
+        finally:
+            os.close(descriptor)
+
+
 def test_a_namespace_alone_is_no_name(pair: tuple[Path, Path]) -> None:
     path = pair[0] / "file"
     path.touch()

@@ -23,7 +23,7 @@ import trio
 
 from modelfs.attributes import (
     AttributeChange,
-    changed_attributes,
+    changed_when_unlinked,
     may_open,
     only_repeats,
     permissions_after_write,
@@ -382,7 +382,7 @@ class Files:
             self.looks.look_again_once(inode, caller)
         if self._namespace.mirror.inode(inode.ino) is None:
             # Unlinked: nobody can see its attributes but through the handles of this node.
-            inode.record = changed_attributes(inode.record, change, time.time_ns())
+            inode.record = changed_when_unlinked(inode.record, change, time.time_ns())
             return
         await self._tree.set_attributes(inode, change)
         self._cache.changed_through(inode)

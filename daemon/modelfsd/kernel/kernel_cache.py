@@ -12,6 +12,8 @@ import stat
 import time
 from collections.abc import Iterable, Mapping
 
+from msgspec.structs import replace
+
 from modelfs.attributes import AttributeChange, changed_attributes
 from modelfs.ids import ROOT_INODE, InodeNumber
 from modelfs.inode import Inode
@@ -149,9 +151,15 @@ class KernelCache:
         self._forget_attributes(inode)
 
     def _on_removal(self, inode: KernelInode, change: InodeChanged) -> None:
-        """The last name is gone: who has it open sees that in the link count."""
+        """The last name is gone: who has it open sees that in the link count.
+
+        And in the ctime, which the kernel keeps of files alone.
+        """
+        if inode.record.is_directory:
+            inode.record = replace(inode.record, ctime_ns=time.time_ns())
         self.inodes.retire(inode)
-        if inode.handles and not self._namespace.is_own(change.origin):
+        is_seen = inode.handles > 0 or inode.record.is_directory
+        if is_seen and not self._namespace.is_own(change.origin):
             self._forget_attributes(inode)
 
     def _on_older(self, change: InodeChanged) -> None:
@@ -205,6 +213,9 @@ class KernelCache:
 
     def _on_directory(self, change: DirectoryTouched) -> None:
         known = self.inodes.all_of(change.ino)
+        if change.last_mtime_ns is not None:  # the mirror has it no longer
+            for inode in known:
+                inode.record = replace(inode.record, mtime_ns=change.last_mtime_ns)
         if len(known) > 1 or not self._namespace.is_own(change.origin):
             for inode in known:
                 self._forget_attributes(inode)

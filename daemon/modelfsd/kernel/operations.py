@@ -388,6 +388,6 @@ class Operations(pyfuse3.Operations):
         if not self._has_xattrs:
             raise FUSEError(errno.ENOSYS)
         target = self._inodes[inode]
-        if not target.handles:
+        if target.record.is_file and not target.handles:
             self._files.looks.look_again_once(target, _caller(ctx))
         await self._tree.set_xattr(target, name, value)

@@ -243,8 +243,8 @@ class Tree:
 
     async def set_xattr(self, inode: KernelInode, name: bytes, value: bytes | None) -> None:
         """Set an extended attribute, or remove it (None)."""
-        if inode.handles and self._mirror.inode(inode.ino) is None:
-            # Unlinked, and open: nobody else can see it.
+        if self._mirror.inode(inode.ino) is None:
+            # Unlinked, and held by a descriptor or a working directory: nobody else can see it.
             inode.record = xattrs.changed_xattrs(inode.record, name, value, time.time_ns())
             return
         await self._namespace.change(
