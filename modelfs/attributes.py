@@ -41,7 +41,10 @@ def changed_attributes(record: Inode, change: AttributeChange, now_ns: int) -> I
 
 
 def changed_when_unlinked(record: Inode, change: AttributeChange, now_ns: int) -> Inode:
-    """As `changed_attributes`, of what is removed: then a directory's mtime is in its record."""
+    """As `changed_attributes`, of what has no name any more, and is seen through handles alone.
+
+    A removed directory has its mtime in its record.
+    """
     changed = changed_attributes(record, change, now_ns)
     return changed if change.mtime_ns is None else replace(changed, mtime_ns=change.mtime_ns)
 

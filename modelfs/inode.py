@@ -141,6 +141,11 @@ class Inode(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
         return stat.S_ISREG(self.mode)
 
     @property
+    def stored_bytes(self) -> int:
+        """How much of a file's size is in chunks, at most."""
+        return self.size - self.hole_bytes
+
+    @property
     def view(self) -> int:
         """What the kernel may cache for ever; grows with every change of contents or mtime."""
         return self.version + self.touches

@@ -153,6 +153,19 @@ def test_a_removed_directory_keeps_its_times_for_who_is_inside(dirs: Dirs, how: 
         os.close(descriptor)
 
 
+def test_what_was_fsynced_takes_blocks_though_the_file_stays_open(dirs: Dirs) -> None:
+    """`tar --sparse` takes a file without blocks for one that is all zeros."""
+    here, there = dirs[0] / "file", dirs[1] / "file"
+    with here.open("w+b", buffering=0) as file:
+        for size in (100, 100_000):
+            file.write(b"x" * (size - file.tell()))
+            os.fsync(file.fileno())
+            blocks = -(-size // 512)
+            wait_until(lambda blocks=blocks: here.stat().st_blocks == blocks, "the blocks")  # type: ignore[misc]
+            assert there.stat().st_blocks == blocks
+            assert os.fstat(file.fileno()).st_size == size
+
+
 def test_fsync_through_a_descriptor_for_reading_commits_what_others_wrote(dirs: Dirs) -> None:
     """`sync FILE` opens it for reading."""
     here, there = dirs[0] / "file", dirs[1] / "file"

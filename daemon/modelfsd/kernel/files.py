@@ -307,9 +307,10 @@ class Files:
 
     async def sync(self, number: int) -> None:
         """fsync(): commit what was written to the file, through whichever handle."""
-        session = self._handles[number].inode.session
-        if session is not None:
-            await session.flush()
+        inode = self._handles[number].inode
+        if inode.session is not None:
+            with self._cache.telling_blocks(inode):
+                await inode.session.flush()
 
     async def release(self, number: int) -> None:
         """The last descriptor of a handle is gone."""
@@ -381,7 +382,6 @@ class Files:
                 return
             self.looks.look_again_once(inode, caller)
         if self._namespace.mirror.inode(inode.ino) is None:
-            # Unlinked: nobody can see its attributes but through the handles of this node.
             inode.record = changed_when_unlinked(inode.record, change, time.time_ns())
             return
         await self._tree.set_attributes(inode, change)

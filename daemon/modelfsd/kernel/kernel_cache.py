@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 from msgspec.structs import replace
 
@@ -204,6 +205,18 @@ class KernelCache:
             self.retire(current)
         else:
             self._forget_attributes(current)
+
+    @contextmanager
+    def telling_blocks(self, inode: KernelInode) -> Iterator[None]:
+        """Around a commit of a file that stays open: it may take more or less space than before.
+
+        The kernel asks by itself when a file is closed. Until then it would go on with what a
+        new file takes, none, and programs that look for holes would take it for one.
+        """
+        stored_bytes = inode.record.stored_bytes
+        yield
+        if inode.record.stored_bytes != stored_bytes:
+            self._forget_attributes(inode)
 
     def retire(self, inode: KernelInode) -> None:
         """Make lookups of this file's names give another kernel inode."""

@@ -122,7 +122,7 @@ class Operations(pyfuse3.Operations):
         entry.st_nlink = self._mirror.link_count(inode.ino, now) if latest else 0
         entry.st_uid, entry.st_gid, entry.st_rdev = now.uid, now.gid, now.rdev
         size, mtime_ns, ctime_ns = view.size, view.mtime_ns, now.ctime_ns
-        stored_bytes = size - view.hole_bytes
+        stored_bytes = view.stored_bytes
         if inode.session is not None:
             copy = inode.session.copy
             size, mtime_ns = copy.size, mtime_ns if copy.mtime_ns is None else copy.mtime_ns

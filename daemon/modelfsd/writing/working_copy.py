@@ -86,7 +86,7 @@ class WorkingCopy:
         last = stripe.locate(self.base.chunk_bytes, self.size)[0]
         _, largest = stripe.span(self.base.chunk_bytes, last)
         changed_bytes = (len(self._staged) + len(self.sealed) + bool(self._held)) * largest
-        return min(self.size, self.base.size - self.base.hole_bytes + changed_bytes)
+        return min(self.size, self.base.stored_bytes + changed_bytes)
 
     # ------------------------------------------------------------ writing
 
