@@ -80,3 +80,9 @@ class FileUses:
         use.read_requests += 1
         _current.set(use)
         return use
+
+    def note_write(self, ino: InodeNumber, size: int) -> None:
+        """Count a write of this many bytes."""
+        use = self.of(ino)
+        use.write_requests += 1
+        use.write_bytes += size

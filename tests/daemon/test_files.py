@@ -222,3 +222,32 @@ async def test_a_truncation_by_a_name_that_went_elsewhere_is_sent_to_look_again(
         files.looks.note(CALLER, (KernelId(1), b"old"), inode)  # it was old that was meant
         await files.truncate(inode, 0, None, None, CALLER)
         assert await two.read_file(b"old") == b""
+
+
+async def test_a_truncation_that_is_sent_to_look_again_waits_for_the_writer_first(
+    tmp_path: Path,
+) -> None:
+    """The kernel looks again once: after that it must find the last version."""
+    async with cluster_of(2, tmp_path) as cluster:
+        one, two = cluster.nodes
+        await two.make_file(b"f")
+        files, inode = files_of(one), await one.look_up(b"f")
+        session = await two.open(b"f")
+        await session.write(0, b"x" * 9000)
+        await session.flush()
+        await one.feed.fresh()
+        assert not inode.is_current
+
+        async def close() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            await session.write(0, b"y" * 9000)
+            await session.flush()
+            await session.release()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(close)
+            with pytest.raises(StaleHandle):
+                await files.truncate(inode, 5, None, None, CALLER)
+        latest, _ = await files.looks.lookup(one.inodes[ROOT_INODE], b"f", CALLER)
+        await files.truncate(latest, 5, None, None, CALLER)
+        assert await two.read_file(b"f") == b"yyyyy"

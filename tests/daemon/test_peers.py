@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import closing
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -20,7 +21,9 @@ from modelfs.errors import (
 )
 from modelfs.limits import CONNECTIONS_PER_PEER, MIB
 from modelfs.ports import Holding
+from modelfsd.peers.link import WAIT_SECONDS, Conversation, Link, PeerSilent
 from tests.daemon.peer_parts import (
+    CLIENT,
     GUARD_SECONDS,
     LONG,
     SERVER,
@@ -31,6 +34,7 @@ from tests.daemon.peer_parts import (
     strange_peer,
     wait_for_end,
 )
+from tests.pki_parts import tls_of
 
 # ---------------------------------------------------------------- peers that die or stall
 
@@ -113,6 +117,27 @@ async def test_who_stood_still_looks_for_an_answer_before_it_calls_a_peer_silent
     with strange_peer(talk) as (client, _):
         with trio.fail_after(GUARD_SECONDS):
             assert await client.fetch(SERVER, ref, 0, 100, LONG) == data
+
+
+def test_who_stood_still_has_not_listened_though_the_peer_was_heard_elsewhere_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("modelfsd.peers.link.time", SimpleNamespace(monotonic=lambda: now))
+    link = Link(SERVER, tls_of(CLIENT), "", "127.0.0.1", 1)
+    channel: Any = SimpleNamespace(bytes_in=0, bytes_out=0)
+    check = Conversation[None](link, SHORT, lambda _: None)._watch(channel)
+    for _ in range(20):
+        now += WAIT_SECONDS
+        link._hear()
+        check()
+    now += 10 * SHORT  # the whole machine stands still
+    check()
+    now += WAIT_SECONDS
+    check()
+    now += 2 * WAIT_SECONDS
+    with pytest.raises(PeerSilent):
+        check()
 
 
 async def test_a_peer_that_talks_on_one_connection_is_alive_on_all() -> None:

@@ -107,6 +107,17 @@ async def test_a_call_without_a_name_is_back_without_a_lookup() -> None:
         assert calls.is_back(CALLER, inode) is is_back
 
 
+async def test_a_call_that_opens_a_directory_is_back_at_one_that_no_lookup_shows() -> None:
+    """`latest` is a symlink to "." by now."""
+    calls = sent()
+    calls.note_lookup(CALLER, NAME, FILE)
+    assert calls.is_back_in_a_directory(CALLER)
+    assert not calls.is_back_in_a_directory(CALLER), "told once"
+    calls = sent()
+    calls.note_lookup(CALLER, NAME, None)
+    assert not calls.is_back_in_a_directory(CALLER)
+
+
 async def test_a_link_is_back_though_its_new_name_was_looked_up_since() -> None:
     calls = sent()
     for found in (FILE, DIRECTORY, None):

@@ -294,9 +294,7 @@ class Files:
         """Take bytes; returns how many."""
         handle = self._handles[number]
         await handle.require_session().write(offset, data)
-        use = self.uses.of(handle.inode.ino)
-        use.write_requests += 1
-        use.write_bytes += len(data)
+        self.uses.note_write(handle.inode.ino, len(data))
         return len(data)
 
     async def flush(self, number: int) -> None:
@@ -341,14 +339,16 @@ class Files:
             await self._set_size(session, size, mtime_ns, caller)
             return
         has_looked_again = self._sent_truncates.is_back(caller, inode)
-        if await self._must_look_again(inode, truncates=True) and not has_looked_again:
-            self._sent_truncates.send(caller, inode)
+        must_look_again = await self._must_look_again(inode, truncates=True)
         session = self._writer.session_of(inode)
         try:
             await self._pusher.drain(inode)
             session.require_sound()
             if self._has_name(inode):
                 await session.ensure_lease()
+            if must_look_again and not has_looked_again:  # the lease is for who comes back
+                session.reserve_lease()
+                raise StaleHandle(inode.id)
             await self._set_size(session, size, mtime_ns, caller)
             await session.flush()
         except StaleHandle as error:

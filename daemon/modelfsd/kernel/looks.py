@@ -87,7 +87,7 @@ class Looks:
 
     async def open_directory(self, directory: KernelInode, caller: Caller) -> None:
         """As `Tree.open_directory`. Raises `StaleHandle` to look again."""
-        is_back = self.opens.is_back_in(caller, directory)
+        is_back = self.opens.is_back_in_a_directory(caller)
         is_doubtful = self._cache.is_way_doubtful(directory)
         await self._tree.open_directory(directory)
         if not is_back and (is_doubtful or self._cache.is_way_doubtful(directory)):

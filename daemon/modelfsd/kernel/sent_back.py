@@ -106,10 +106,10 @@ class SentBack:
             return False
         return (look.shown[-1] if look.shown else look.sent_from) == inode.id
 
-    def is_back_in(self, caller: Caller, directory: KernelInode) -> bool:
-        """The same for a directory, which is also come to by ".." and without a name."""
+    def is_back_in_a_directory(self, caller: Caller) -> bool:
+        """The same for a call that opens a directory, also one without a name ("..", the root)."""
         look = self._end(caller)
-        return look is not None and directory.id in (look.sent_from, *look.shown)
+        return look is not None and look.missed is None
 
     def is_back_on_the_way(self, caller: Caller, inode: KernelInode) -> bool:
         """The same for a call that looks up another path after this inode, to a new name."""

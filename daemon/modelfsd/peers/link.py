@@ -40,7 +40,7 @@ STALL_SECONDS = 60.0  # without a byte on its own connection a request ends, how
 GREETING_SECONDS = 10.0  # for a handshake and a hello; a server gives a client 5
 BUSY_SECONDS = 0.3  # before a peer that has no room is asked again
 ANSWER_SECONDS = 120.0  # for a reply's header: twice `session.WORKING_SECONDS_MAX`
-PAYLOAD_SECONDS = 30.0  # besides its due at BYTES_PER_SECOND_MIN; what is under way counts too
+PAYLOAD_SECONDS = 60.0  # besides its due at BYTES_PER_SECOND_MIN; what is under way counts too
 
 T = TypeVar("T")
 
@@ -345,6 +345,8 @@ class Conversation(Generic[T]):
             # Sending counts: a full window opens only when the peer has acknowledged something.
             self._bytes_moved = moved
             self._progress_at = self._looked_at = now
+            self._listened_seconds = 0.0
+        if self.link.heard_at > self._looked_at:  # on another connection
             self._listened_seconds = 0.0
         self._listened_seconds += min(now - self._looked_at, LOOK_SECONDS_MAX)
         self._looked_at = now
